@@ -1,0 +1,112 @@
+"""The cloud verifier's settings; `default.yaml` beside this file explains each one and holds its default."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from shared.config import Address, ExistingFile, LogConfig, Section, TlsConfig, TokenSection, is_loopback, load_config
+from shared.core.messages import Fingerprint
+from shared.core.settings import CloudSettings, SelfDecode, TableSettings
+
+ENV_PREFIX = "OUTRIDER_CLOUD_"
+DEFAULTS = Path(__file__).with_name("default.yaml")
+
+
+class TargetConfig(Section):
+    """The target model and how it runs."""
+
+    engine: Literal["torch"]
+    model: Annotated[str, Field(min_length=1)]
+    dtype: Literal["bfloat16", "float32"]
+    device: Annotated[str, Field(min_length=1)]
+    threads: Annotated[int, Field(ge=0, le=1024)]
+    context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]
+    cache_dir: Path | None
+
+
+class ServerTlsConfig(TlsConfig):
+    """This server's certificate, and whose certificates clients must show."""
+
+    client_ca_file: ExistingFile | None
+
+    @model_validator(mode="after")
+    def _client_check_needs_tls(self) -> Self:
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file needs cert_file and key_file; without them there is no TLS")
+        return self
+
+
+class ServerConfig(TokenSection):
+    """Where to listen and whom to serve."""
+
+    address: Address
+    tls: ServerTlsConfig
+
+    @model_validator(mode="after")
+    def _not_open_to_everyone(self) -> Self:
+        if self.token is None and not is_loopback(self.address):
+            raise ValueError(
+                f"{self.address} can be reached from other machines and no token is set;"
+                " set token or token_file, or listen on 127.0.0.1"
+            )
+        return self
+
+
+class SpeculationConfig(Section):
+    """How a session's drafts are taken in and when the target decodes by itself."""
+
+    self_decode: SelfDecode
+    max_draft_rows: Annotated[int, Field(ge=1, le=256)]
+    max_pending_tokens: Annotated[int, Field(ge=1, le=4096)]
+    window_tokens: Annotated[int, Field(ge=1, le=4096)]
+    prefill_chunk_tokens: Annotated[int, Field(ge=16, le=8192)]
+
+
+class LimitsConfig(Section):
+    """What one verifier takes on."""
+
+    max_sessions: Annotated[int, Field(ge=1, le=65_536)]
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
+    idle_timeout_s: Annotated[float, Field(ge=1, le=86_400)]
+
+
+class MetricsConfig(Section):
+    """Where Prometheus can read the metrics."""
+
+    address: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=0, le=65_535)]
+
+
+class CloudConfig(Section):
+    """Everything that a cloud verifier can be told."""
+
+    target: TargetConfig
+    server: ServerConfig
+    speculation: SpeculationConfig
+    limits: LimitsConfig
+    metrics: MetricsConfig
+    log: LogConfig
+
+    def table_settings(self, vocabulary: Fingerprint, max_context: int) -> TableSettings:
+        """The core's limits for a target with this vocabulary and at most `max_context` tokens a session."""
+        context_length = min(self.target.context_tokens, max_context)
+        return TableSettings(
+            session=CloudSettings(context_length, **self.speculation.model_dump()),
+            vocabulary=vocabulary,
+            max_sessions=self.limits.max_sessions,
+            max_new_tokens=self.limits.max_new_tokens,
+            idle_timeout_ms=self.limits.idle_timeout_s * 1000,
+        )
+
+
+def load_cloud_config(
+    path: Path | None = None, *, environ: Mapping[str, str], overrides: Mapping[str, object]
+) -> CloudConfig:
+    """The verifier's settings: defaults, then the file, `OUTRIDER_CLOUD_SECTION__KEY` variables and `overrides`.
+
+    `overrides` maps dotted keys to command-line values; None means "not given". Raises `ConfigError`.
+    """
+    return load_config(CloudConfig, path, DEFAULTS, ENV_PREFIX, environ, overrides)

@@ -1,0 +1,126 @@
+"""The edge's tokens: one log with what stands, then the own path; what draft engine and verifier have of it.
+
+`sent_len` marks how much of the log was sent on this stream, either in the Open or as drafts.
+
+The draft engine runs behind a queue, so this class tracks what its token list will be once everything queued is done:
+`engine_len` tokens of the log. At most one `Draft` is in flight; when its result comes back it is laid on the log by
+content: the log may have grown by a commit (the overlap must agree) or been cut (then the result is stale, and the
+`Rollback` that was queued at the cut has already put the engine right).
+"""
+
+from collections.abc import Sequence
+
+from shared.core.acceptance import Acceptance
+from shared.core.effects import Draft, Rollback
+from shared.core.errors import LocalProtocolError
+from shared.core.messages import Draft as DraftMessage
+from shared.core.policies import DraftObservation
+from shared.core.tokens import TokenLog, quantize
+
+_GAIN = 0.2
+
+
+class DraftPath:
+    """The log, each token's confidence byte, and the draft in flight. Times in s, durations in ms."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.log = TokenLog(prompt)
+        self.acceptance = Acceptance()
+        self.sent_len = len(self.log)
+        self.in_flight: Draft | None = None
+        self.is_exhausted = False  # the draft context is full
+        self.wasted_tokens = 0
+        self.draft_ms = 0.0  # per token, smoothed; 0 while unknown
+        self._confidence = bytearray(len(self.log))
+        self._engine_len = 0
+        self._drafting_since = 0.0
+        self._sent_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self.log)
+
+    def __repr__(self) -> str:
+        state = f"{self.sent_len} sent, {self._engine_len} in the engine, acceptance {self.acceptance!r}"
+        return f"<DraftPath {len(self.log)} tokens, {state}>"
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether the draft engine is free and has room."""
+        return self.in_flight is None and not self.is_exhausted
+
+    def observe(self, settled_len: int, is_up: bool, rtt_ms: float, max_ahead: int, now: float) -> DraftObservation:
+        """What the policy decides on; the own path begins at `settled_len`, and nothing can be sent unless `is_up`."""
+        return DraftObservation(
+            acceptance=self.acceptance.rate,
+            draft_ms=self.draft_ms,
+            rtt_ms=rtt_ms,
+            ahead_tokens=len(self.log) - settled_len,
+            unsent_tokens=len(self.log) - self.sent_len if is_up else 0,
+            max_ahead=max_ahead,
+            since_sent_ms=(now - self._sent_at) * 1000,
+        )
+
+    def draft(self, n: int, now: float) -> Draft:
+        """The effect that drafts `n` more tokens; `drafted` must follow."""
+        feed = self.log.tokens(self._engine_len)
+        self._engine_len = len(self.log)
+        self._drafting_since = now
+        self.in_flight = Draft(len(self.log), self.log.hash_at(len(self.log)), feed, n)
+        return self.in_flight
+
+    def drafted(
+        self, tokens: Sequence[int], confidence: Sequence[float], stop_ids: frozenset[int], now: float
+    ) -> list[Rollback]:
+        """The draft in flight came back: append what still stands, up to a stop token.
+
+        Raises `LocalProtocolError` if none is in flight.
+        """
+        draft, self.in_flight = self.in_flight, None
+        if draft is None:
+            raise LocalProtocolError("drafted without a draft in flight")
+        self.is_exhausted = not tokens
+        if tokens and len(draft.feed) <= 1 + draft.n:  # a prompt's evaluation says nothing about drafting
+            elapsed_ms = (now - self._drafting_since) * 1000 / len(tokens)
+            self.draft_ms += (elapsed_ms - self.draft_ms) * (_GAIN if self.draft_ms else 1.0)
+        if not self.log.has_prefix(draft.start, draft.parent_hash):
+            self.wasted_tokens += len(tokens)
+            return []
+        stop = next((index + 1 for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
+        common = self.log.match(draft.start, tokens[:stop])
+        if draft.start + common == len(self.log):
+            self._append(tokens[common:stop], bytes(map(quantize, confidence[common:stop])))
+            common = stop
+        self._engine_len = draft.start + common
+        self.wasted_tokens += len(tokens) - common
+        return [Rollback(self._engine_len)] if common < len(tokens) else []
+
+    def lay(self, start: int, tokens: Sequence[int]) -> tuple[int, list[Rollback]]:
+        """Commit tokens at `start`: cut the own path where it differs; returns how many it had right."""
+        ahead = len(self.log) - start
+        matched = self.log.match(start, tokens)
+        if ahead:
+            self.acceptance.observe(matched, matched < min(ahead, len(tokens)))
+        effects = self._cut(start + matched) if matched < len(tokens) else []
+        self._append(tokens[matched:], bytes(len(tokens) - matched))
+        self.sent_len = max(self.sent_len, start + len(tokens))
+        return matched, effects
+
+    def send(self, now: float) -> DraftMessage:
+        """The tokens not sent yet, as a draft; counts them as sent."""
+        start, self.sent_len, self._sent_at = self.sent_len, len(self.log), now
+        confidence = bytes(self._confidence[start:])
+        return DraftMessage(start, self.log.hash_at(start), self.log.tokens(start), confidence)
+
+    def _append(self, tokens: Sequence[int], confidence: bytes) -> None:
+        self.log.extend(tokens)
+        self._confidence += confidence
+
+    def _cut(self, length: int) -> list[Rollback]:
+        self.wasted_tokens += len(self.log) - length
+        self.log.truncate(length)
+        del self._confidence[length:]
+        self.sent_len = min(self.sent_len, length)
+        if self._engine_len <= length:
+            return []
+        self._engine_len = length
+        return [Rollback(length)]

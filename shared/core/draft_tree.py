@@ -1,0 +1,125 @@
+"""Pending drafts of one session on the verifier: a token tree whose root is the end of the committed tokens.
+
+A draft names the prefix that it extends by hash, so it is grafted only where that prefix really stands: on the
+committed tokens or on a pending node. Anything else is stale and dropped. Grafting the same draft twice changes
+nothing. A commit moves the root along the committed tokens: what hangs below the new root still stands, the rest is
+pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shared.core.messages import Draft
+from shared.core.tokens import TokenLog, next_hash
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One pending draft token. `path_confidence` is the product of the draft's own probabilities from the root."""
+
+    token: int
+    position: int
+    prefix_hash: int
+    path_confidence: float
+    parent: Node | None = None
+    children: dict[int, Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Grafted:
+    """What became of a draft's tokens: new nodes, and tokens dropped as stale or over the limit."""
+
+    added: int
+    stale: int
+    overflow: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a commit said about the pending drafts: tokens that matched, and whether drafts existed where none did."""
+
+    matched: int
+    failed: bool
+
+
+class DraftTree:
+    """At most `limit` pending tokens on top of a committed `TokenLog` that the owner keeps."""
+
+    def __init__(self, log: TokenLog, limit: int) -> None:
+        self._log = log
+        self._limit = limit
+        self._nodes: dict[int, Node] = {}  # by prefix hash; the root is not among them
+        self._root = Node(-1, len(log) - 1, log.hash_at(len(log)), 1.0)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __repr__(self) -> str:
+        depth = max((node.position for node in self._nodes.values()), default=self._root.position) - self._root.position
+        return f"<DraftTree {len(self)} pending, depth {depth}>"
+
+    def graft(self, draft: Draft) -> Grafted:
+        """Apply a draft where its prefix stands."""
+        tokens = draft.tokens
+        committed = max(len(self._log) - draft.start, 0)
+        if committed:
+            stands = self._log.has_prefix(draft.start, draft.parent_hash)
+            common = self._log.match(draft.start, tokens) if stands else 0
+            if common < min(committed, len(tokens)) or not stands:
+                return Grafted(0, len(tokens) - common, 0)
+            parent: Node | None = self._root
+        elif draft.parent_hash == self._root.prefix_hash:
+            parent = self._root
+        else:
+            parent = self._nodes.get(draft.parent_hash)
+        if parent is None or (not committed and parent.position + 1 != draft.start):
+            return Grafted(0, len(tokens), 0)
+        return self._attach(parent, tokens[committed:], draft.confidence[committed:])
+
+    def advance(self, tokens: Sequence[int]) -> Judged:
+        """Re-root along tokens that were just committed (and appended to the log)."""
+        matched, node = 0, self._root
+        for token in tokens:
+            child = node.children.get(token)
+            if child is None:
+                failed = bool(node.children)
+                self._nodes.clear()
+                self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 1.0)
+                return Judged(matched, failed)
+            matched, node = matched + 1, child
+        self._adopt(node)
+        return Judged(matched, False)
+
+    def best(self, last_position: int) -> list[Node]:
+        """Pending nodes up to a position, most confident path first, a parent always before its children."""
+        nodes = (node for node in self._nodes.values() if node.position <= last_position)
+        return sorted(nodes, key=lambda node: (-node.path_confidence, node.position))
+
+    def _attach(self, parent: Node, tokens: Sequence[int], confidence: bytes) -> Grafted:
+        added = 0
+        for index, token in enumerate(tokens):
+            child = parent.children.get(token)
+            if child is None:
+                if len(self._nodes) >= self._limit:
+                    return Grafted(added, 0, len(tokens) - index)
+                sure = confidence[index] / 255 if confidence else 1.0
+                prefix_hash = next_hash(parent.prefix_hash, token)
+                child = Node(token, parent.position + 1, prefix_hash, parent.path_confidence * sure, parent)
+                parent.children[token] = self._nodes[prefix_hash] = child
+                added += 1
+            parent = child
+        return Grafted(added, 0, 0)
+
+    def _adopt(self, root: Node) -> None:
+        self._nodes = {}
+        self._root = root
+        root.parent = None
+        scale = root.path_confidence or 1.0
+        waiting = list(root.children.values())
+        while waiting:
+            node = waiting.pop()
+            node.path_confidence /= scale
+            self._nodes[node.prefix_hash] = node
+            waiting.extend(node.children.values())

@@ -1,0 +1,249 @@
+"""The edge's state machine for one answer.
+
+Theory of operation
+-------------------
+The session owns one `TokenLog`: the prompt, what the verifier committed, what was shown as local, and then its own
+path, the tokens drafted beyond that. Three marks move along it:
+
+    committed_len   the verifier's tokens, or tokens that it took as given when the session was opened again
+    shown_len       what the user has seen; beyond committed_len only while the cloud is away
+    sent_len        how much of the own path has been sent as drafts on this stream
+
+The edge runs ahead: it drafts, sends and goes on without waiting. A commit is compared with the own path. Equal: keep
+going. Different: the path is cut there, the draft engine rolled back, and drafting goes on from the commit's end. A
+commit carries its tokens and its start, so a repeated one changes nothing and a gap is the peer's error.
+
+    phase        tokens shown               leaves by
+    CONNECTING   none: the first dial       connected -> OPENING; max_stall_ms or failed dial -> LOCAL
+    OPENING      none; local after a hold   first commit -> LINKED (or a second Open, below); silence, loss -> LOCAL
+    LINKED       commits                    silence, loss, no commit within patience_ms -> LOCAL; finish -> DONE
+    LOCAL        own path, unverified       connected -> OPENING; stop token, limit -> DONE
+    DONE         -                          -
+
+Going LOCAL comes first and redialling second: the own path is at hand, so the next token appears at once. Each attempt
+dials a fresh connection with a new stream number after a jittered backoff; what a dead stream still delivers carries an
+old number and is dropped.
+
+On return the session opens again with its tokens. `continue`: what was shown stands and the cloud goes on from there.
+Showing pauses for at most max_stall_ms, because a token shown now could differ from the commit on its way; if the pause
+expires first, local tokens are shown after all, and the late commit is answered by opening once more (the verifier's
+cache is warm by then). `revise`: the session opens at committed_len and the local tail is sent as a draft; what is
+accepted becomes verified, the rest is retracted.
+
+Each input returns effects to carry out in order; `wake_at` says when to call `tick`. Times are monotonic seconds.
+"""
+
+import math
+from enum import Enum
+
+from shared.core.dialler import Dialler
+from shared.core.draft_path import DraftPath
+from shared.core.effects import Disconnect, EdgeEffect, Finished, Refused, Send
+from shared.core.errors import RemoteProtocolError
+from shared.core.link import Link
+from shared.core.messages import Close, CloudMessage, Commit, Failure, Finish, Heartbeat, NeedTokens, Want
+from shared.core.policies import DraftPolicy
+from shared.core.settings import EdgeSettings, OnDisconnect, OnReconnect, Request
+from shared.core.transcript import Transcript
+
+_CLOCK_GRAIN_MS = 0.1  # shorter waits are none: a timer that rounds to now would fire for ever
+
+
+class Phase(Enum):
+    """Where a session stands; see the table above."""
+
+    CONNECTING = "connecting"
+    OPENING = "opening"
+    LINKED = "linked"
+    LOCAL = "local"
+    DONE = "done"
+
+
+class EdgeSession:
+    """One answer from `start` to `Finished`; see the module's theory of operation."""
+
+    def __init__(self, request: Request, settings: EdgeSettings, policy: DraftPolicy) -> None:
+        self.phase = Phase.CONNECTING
+        self.path = DraftPath(request.prompt)
+        self.link = Link(settings.link)
+        self.committed_len = self._opened_len = len(request.prompt)
+        self._known_len = 0  # tokens that the verifier is known to have, if it kept its cache
+        self._transcript = Transcript(len(request.prompt))
+        self._dialler = Dialler(settings, request.sampling.seed)
+        self._request = request
+        self._settings = settings
+        self._policy = policy
+        self._hold_until: float | None = None  # until when a pause before local tokens is worth it
+        self._patience_until = 0.0
+        self._send_at = math.inf  # when drafts that gather are due
+        self._max_ahead = 64  # until the first commit tells
+
+    def __repr__(self) -> str:
+        return (
+            f"<EdgeSession {self._request.session_id} {self.phase.value} on stream {self._dialler.stream}: "
+            f"{self.committed_len} committed, {self._transcript.shown_len} shown, {self.path!r}, {self.link!r}>"
+        )
+
+    def start(self, now: float) -> list[EdgeEffect]:
+        """Begin: dial, and draft in the meantime."""
+        if self._settings.offline:
+            self.phase = Phase.LOCAL
+            return self._advance(now)
+        self._hold_until = now + self._settings.link.max_stall_ms / 1000
+        return [self._dialler.dial(now, self.link.rtt_ms), *self._advance(now)]
+
+    def connected(self, stream: int, now: float) -> list[EdgeEffect]:
+        """The stream is up: open the session on it."""
+        if self.phase is Phase.DONE or not self._dialler.answered(stream):
+            return []
+        was_local, revise = self.phase is Phase.LOCAL, self._settings.on_reconnect is OnReconnect.REVISE
+        self.phase, self._hold_until = Phase.OPENING, None
+        self.link.opened(now)
+        self._patience_until = now + self._settings.patience_ms / 1000
+        if not (was_local and revise):
+            self._hold_until = now + self._settings.link.max_stall_ms / 1000 if was_local else self._patience_until
+        return [self._open(self.committed_len if revise else self._transcript.shown_len), *self._advance(now)]
+
+    def disconnected(self, stream: int, now: float) -> list[EdgeEffect]:
+        """The stream ended or could not be had."""
+        is_current = stream == self._dialler.stream and self.phase is not Phase.DONE
+        return self._go_local(now, "the verifier cannot be reached") if is_current else []
+
+    def receive(self, stream: int, message: CloudMessage, now: float) -> list[EdgeEffect]:
+        """A message arrived. Raises `RemoteProtocolError`; the driver then reports the stream as disconnected."""
+        if stream != self._dialler.stream or not self._is_up:
+            return []  # a dead stream still delivers
+        self.link.heard(now)
+        effects: list[EdgeEffect] = []
+        match message:
+            case Heartbeat(nonce=nonce):
+                self.link.echoed(nonce, now)
+            case NeedTokens():
+                if self.phase is Phase.OPENING and self._known_len:
+                    self._known_len = 0
+                    effects.append(self._open(self._opened_len))
+            case Commit():
+                effects += self._commit(message, now)
+            case Failure(code=code, detail=detail, retry_after_ms=retry_after_ms):
+                refused: list[EdgeEffect] = [Refused(code.name, detail)] if code.is_final else []
+                return refused + self._go_local(now, detail, retry_after_ms, code.is_final)
+        return effects + self._advance(now)
+
+    def drafted(self, tokens: tuple[int, ...], confidence: tuple[float, ...], now: float) -> list[EdgeEffect]:
+        """The draft engine carried out the last `Draft`; no tokens means that its context is full."""
+        rollbacks = self.path.drafted(tokens, confidence, self._request.stop_ids, now)
+        return [*rollbacks, *self._advance(now)]
+
+    def tick(self, now: float) -> list[EdgeEffect]:
+        """Time passed: judge the link, dial, send what is due."""
+        if self.phase is Phase.DONE:
+            return []
+        if self._dialler.give_up_at is not None and now >= self._dialler.give_up_at:
+            return self._go_local(now, "the verifier does not answer")
+        if self._is_up and now >= self.link.stalled_at:
+            return self._go_local(now, "the link stalled")
+        if self._is_up and now >= self._patience_until:
+            return self._go_local(now, "the verifier is too slow")
+        effects: list[EdgeEffect] = []
+        if self._dialler.next_at is not None and now >= self._dialler.next_at:
+            effects.append(self._dialler.dial(now, self.link.rtt_ms))
+        if self._hold_until is not None and now >= self._hold_until:
+            self._hold_until = None
+            self.phase = Phase.LOCAL if self.phase is Phase.CONNECTING else self.phase
+        return effects + self._advance(now)
+
+    def wake_at(self) -> float | None:
+        """When to call `tick`; None: not until something happens."""
+        if self.phase is Phase.DONE:
+            return None
+        times = [self._dialler.next_at, self._dialler.give_up_at, self._hold_until]
+        if self._is_up:
+            times += [self.link.stalled_at, self._patience_until, self.link.next_heartbeat_at, self._send_at]
+        return min((time for time in times if time is not None), default=None)
+
+    @property
+    def _is_up(self) -> bool:
+        return self.phase in (Phase.OPENING, Phase.LINKED)
+
+    @property
+    def _shows_local(self) -> bool:
+        wanted = self._settings.offline or self._settings.on_disconnect is OnDisconnect.CONTINUE
+        return wanted and self._hold_until is None and self.phase in (Phase.LOCAL, Phase.OPENING)
+
+    def _open(self, opened_len: int) -> Send:
+        self._opened_len = self.path.sent_len = opened_len
+        return Send(self._dialler.stream, self._request.open(self.path.log, self._known_len, opened_len))
+
+    def _commit(self, commit: Commit, now: float) -> list[EdgeEffect]:
+        if self.phase is Phase.OPENING:
+            if commit.start != self._opened_len:
+                raise RemoteProtocolError(f"opened at {self._opened_len}, first commit at {commit.start}")
+            self._known_len = self._opened_len
+            if self._transcript.shown_len > self._opened_len and self._settings.on_reconnect is OnReconnect.CONTINUE:
+                # Local tokens were shown beyond what this stream was opened with: open once more, from there.
+                self.phase = Phase.LOCAL
+                return [Disconnect(self._dialler.stream), self._dialler.dial(now, self.link.rtt_ms, fresh=False)]
+            self.phase, self._hold_until, self.committed_len = Phase.LINKED, None, self._opened_len
+        start, log = self.committed_len, self.path.log
+        repeated = min(start - commit.start, len(commit.tokens))
+        if repeated < 0 or log.match(commit.start, commit.tokens[:repeated]) < repeated:
+            raise RemoteProtocolError(f"commit at {commit.start} does not follow the {start} committed tokens")
+        tokens = commit.tokens[repeated:]
+        matched, rollbacks = self.path.lay(start, tokens)
+        self.committed_len = self._known_len = start + len(tokens)
+        self._patience_until = now + self._settings.patience_ms / 1000
+        self._max_ahead = commit.max_ahead or self._max_ahead
+        self._dialler.progressed()
+        shown = self._transcript.show_committed(log, commit, start, start + matched) if tokens else []
+        finished = self._finish(commit.finish) if commit.finish is not Finish.NONE else []
+        return [*rollbacks, *shown, *finished]
+
+    def _go_local(self, now: float, why: str, delay_ms: float = 0.0, is_final: bool = False) -> list[EdgeEffect]:
+        """Show the own path first, then drop the stream and dial again later (never, where the refusal is final)."""
+        stream, self._hold_until = self._dialler.abandon(), None
+        on_disconnect = self._settings.on_disconnect
+        if on_disconnect is OnDisconnect.FAIL or (is_final and on_disconnect is OnDisconnect.PAUSE):
+            self.phase = Phase.DONE
+            return [Disconnect(stream), Finished(Finish.NONE, why)]
+        self.phase = Phase.LOCAL
+        if not is_final:
+            self._dialler.retry(now, delay_ms)
+        return [*self._advance(now), Disconnect(stream)]
+
+    def _finish(self, finish: Finish) -> list[EdgeEffect]:
+        stream, was_up = self._dialler.abandon(), self._is_up
+        self.phase = Phase.DONE
+        return [Send(stream, Close(finish.name)) if was_up else Disconnect(stream), Finished(finish)]
+
+    def _advance(self, now: float) -> list[EdgeEffect]:
+        """Whatever the state as it stands calls for."""
+        self._send_at = math.inf
+        effects: list[EdgeEffect] = []
+        if self._shows_local:
+            effects += self._transcript.show_local(self.path.log)
+            ending = self._request.ending(self.path.log)
+            if ending is Finish.NONE and self.path.is_exhausted and self.phase is Phase.LOCAL:
+                ending = Finish.LENGTH
+            if ending is not Finish.NONE:
+                return effects + self._finish(ending)
+        if self._is_up and now >= self.link.next_heartbeat_at:
+            heartbeat = Heartbeat(self.link.heartbeat(now), self.committed_len, self.path.draft_ms)
+            effects.append(Send(self._dialler.stream, heartbeat))
+        if self.phase is Phase.DONE or (self._request.want is Want.STREAM and not self._shows_local):
+            return effects
+        return effects + self._run_ahead(now)
+
+    def _run_ahead(self, now: float) -> list[EdgeEffect]:
+        """Send what is due and draft further."""
+        path, settled_len = self.path, max(self.committed_len, self._transcript.shown_len)
+        seen = path.observe(settled_len, self._is_up, self.link.rtt_ms, self._max_ahead, now)
+        drafts: list[EdgeEffect] = []
+        if path.can_draft and self._request.ending(path.log) is Finish.NONE:
+            n = 1 if self._shows_local else min(self._policy.draft_tokens(seen), self._request.limit - len(path))
+            drafts = [path.draft(n, now)] if n else []
+        if seen.unsent_tokens:
+            wait_ms = self._policy.send_in_ms(seen, path.in_flight is not None)
+            if wait_ms < _CLOCK_GRAIN_MS:
+                return [Send(self._dialler.stream, path.send(now)), *drafts]
+            self._send_at = now + wait_ms / 1000
+        return drafts
