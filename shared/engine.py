@@ -1,0 +1,110 @@
+"""What the runtime needs of a model: two small protocols, one for each side.
+
+An engine is called from one thread at a time and never awaits. Cache lengths count tokens. Each engine states at load
+what it can do; what it cannot do is refused with an `EngineError` that says why, never done wrongly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.core.effects import Rows
+from shared.core.messages import Fingerprint, Sampling
+
+__all__ = ["Capabilities", "DraftEngine", "EngineError", "Proposal", "Rows", "TargetEngine"]
+
+
+class EngineError(Exception):
+    """A model cannot be loaded or cannot do what was asked; the message is one line for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do, known at load."""
+
+    can_rollback: bool
+    can_tree: bool
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Drafted tokens and, for each, the draft model's own probability of it (0 to 1)."""
+
+    tokens: tuple[int, ...]
+    confidence: tuple[float, ...]
+
+
+class DraftEngine(Protocol):
+    """A small model that proposes tokens. It keeps a token list and a cache that is a prefix of it, one token short."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The vocabulary that its token ids belong to."""
+        ...
+
+    def reset(self, tokens: Sequence[int], sampling: Sampling, prompt_len: int) -> None:
+        """Start on `tokens`; select with `sampling` from now on. Keeps what the cache shares with the old tokens."""
+        ...
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append tokens that are now part of the text; they are evaluated at the next `propose`."""
+        ...
+
+    def propose(self, n: int) -> Proposal:
+        """Draft up to `n` tokens after the list and append them to it. Fewer come at the end of the context."""
+        ...
+
+    def rollback(self, length: int) -> None:
+        """Forget every token from position `length` on. Raises `EngineError` if the cache cannot."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; no other call may follow."""
+        ...
+
+
+class TargetEngine(Protocol):
+    """The full model: evaluates rows of many sessions in one forward, with a cache of its own per session.
+
+    The cache of an unknown session is empty. After `forward` a session's cache holds `start + len(rows.tokens)` tokens
+    in row order; the caller then names the rows that stand with `keep`.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do."""
+        ...
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The vocabulary that its token ids belong to."""
+        ...
+
+    def forward(self, batch: Sequence[Rows]) -> list[tuple[int, ...]]:
+        """Evaluate the batch; for each session the selected token of each row from `first_selected` on.
+
+        Raises `LocalProtocolError` where `start` is not the session's cache length.
+        """
+        ...
+
+    def keep(self, session_id: str, start: int, rows: Sequence[int]) -> None:
+        """Cut the cache to its first `start` tokens followed by these rows (ascending) of the last forward."""
+        ...
+
+    def truncate(self, session_id: str, length: int) -> None:
+        """Cut the cache to its first `length` tokens."""
+        ...
+
+    def release(self, session_id: str) -> None:
+        """Free the session's cache; unknown sessions are ignored."""
+        ...
+
+    def cost_ms(self, rows: int) -> float:
+        """Expected duration of a forward of this many rows, ms, interpolated from the curve measured at load."""
+        ...

@@ -1,0 +1,248 @@
+"""llama.cpp through its C interface, wrapped once for both sides: a model file, and a context that evaluates rows.
+
+The high-level `Llama` class of llama-cpp-python holds one sequence and hides rollback, so this uses the C functions.
+Their rules, kept here: positions of a sequence follow each other without gap or overlap, so what is evaluated again
+must be removed first; a rollback can be refused and says so; a logits row lives until the next decode, so it is copied.
+A context is used from one thread at a time. The library is imported at the first load, not with this module.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.core.errors import LocalProtocolError
+from shared.engine import EngineError
+from shared.vocabulary import Vocabulary, token_bytes
+
+_MAGIC = b"GGUF"
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
+_DECODE_ERRORS = {1: "the cache is full", 2: "it was aborted", -1: "the batch is invalid"}
+
+_error_lines: list[str] = []
+_callbacks: list[object] = []  # llama.cpp keeps bare pointers: these keep the objects alive
+
+
+@cache
+def _library() -> ModuleType:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise EngineError(
+            f"llama.cpp is not usable here ({error}); install it with: pip install 'outrider[edge]'"
+        ) from error
+
+    def log(level: int, text: bytes, _user_data: object) -> None:
+        if level == _LOG_ERROR:
+            _error_lines.append(text.decode(errors="replace").strip())
+
+    callback = llama_cpp.llama_log_callback(log)
+    _callbacks.append(callback)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _complaint() -> str:
+    """What llama.cpp complained of first since the last look: the later lines only repeat that it failed."""
+    line = _error_lines[0] if _error_lines else "llama.cpp gave no reason"
+    _error_lines.clear()
+    return line
+
+
+def _check_is_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+    except OSError as error:
+        raise EngineError(f"model file {path}: {error.strerror}; check the path in the configuration") from error
+    if magic != _MAGIC:
+        raise EngineError(f"model file {path} is not GGUF (it begins with {magic!r}); llama.cpp reads GGUF files only")
+
+
+class LlamaModel:
+    """A GGUF file: weights, metadata and vocabulary. Close every context of it before it."""
+
+    def __init__(self, path: Path, *, gpu_layers: int = -1) -> None:
+        """Load the file, with `gpu_layers` layers on the GPU if there is one (-1: all). Raises `EngineError`."""
+        _check_is_gguf(path)
+        self.path = path
+        self._lib = _library()
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        _error_lines.clear()
+        self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise EngineError(
+                f"model file {path} cannot be loaded: {_complaint()}; check that the download is complete"
+            )
+        self._vocab = self._lib.llama_model_get_vocab(self.handle)
+        self.vocabulary_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.trained_context_tokens = int(self._lib.llama_model_n_ctx_train(self.handle))
+        self.is_recurrent = bool(
+            self._lib.llama_model_is_recurrent(self.handle) or self._lib.llama_model_is_hybrid(self.handle)
+        )
+        self.bos_id = int(self._lib.llama_vocab_bos(self._vocab))  # -1 where there is none, as for eos
+        self.eos_id = int(self._lib.llama_vocab_eos(self._vocab))
+
+    def __repr__(self) -> str:
+        return f"<LlamaModel {self.path.name}, {self.vocabulary_size} token ids>"
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of each token id; b"" for those that the file marks as unused (padding)."""
+        lib, byte_level = self._lib, self.metadata("tokenizer.ggml.model") == "gpt2"
+
+        def meaning(token: int) -> bytes:
+            if lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_UNUSED:
+                return b""
+            return token_bytes(lib.llama_vocab_get_text(self._vocab, token).decode(errors="replace"), byte_level)
+
+        return Vocabulary(tuple(meaning(token) for token in range(self.vocabulary_size)))
+
+    @cached_property
+    def eog_ids(self) -> frozenset[int]:
+        """Every id that ends a generation: end of text, end of turn."""
+        ids = range(self.vocabulary_size)
+        return frozenset(token for token in ids if self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def metadata(self, key: str) -> str:
+        """A metadata value of the file as text, such as `tokenizer.chat_template`; empty where there is none."""
+        size = self._lib.llama_model_meta_val_str(self.handle, key.encode(), None, 0)
+        if size < 0:
+            return ""
+        buffer = ctypes.create_string_buffer(size + 1)
+        self._lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    def tokenize(self, text: str, *, parse_special: bool = False, add_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        With `parse_special` the spelling of a special token is that token, as rendered chat templates need. With
+        `add_special` the model's own begin and end tokens are added.
+        """
+        data = text.encode()
+        size = len(data) // 2 + 8  # enough for most texts; else llama.cpp names the size
+        while True:
+            buffer = (ctypes.c_int32 * size)()
+            count = self._lib.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
+            if count >= 0:
+                return list(buffer[:count])
+            size = -count
+
+    def token_text(self, token: int) -> str:
+        """How the file spells a token, special ones too; empty for id -1."""
+        return "" if token < 0 else str(self._lib.llama_vocab_get_text(self._vocab, token).decode(errors="replace"))
+
+    def token_piece(self, token: int) -> bytes:
+        """The bytes that a token adds to a text, perhaps a part of a character; none for special tokens."""
+        size = 16
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self._lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def close(self) -> None:
+        """Free the weights; safe to call twice."""
+        if self.handle:
+            self._lib.llama_model_free(self.handle)
+            self.handle = None
+
+
+class LlamaContext:
+    """A cache of one or more sequences over a model, and the forward that fills it."""
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        context_tokens: int,
+        threads: int,
+        batch_tokens: int = 512,
+        max_sequences: int = 1,
+        unified: bool = True,
+    ) -> None:
+        """Make room for `context_tokens`, shared by all sequences if `unified`, else in equal parts.
+
+        Rows that belong to several sequences (trees) need `unified`. A decode takes up to `batch_tokens` rows. Raises
+        `EngineError` where memory is short or the model keeps no cache.
+        """
+        lib = self._lib = model._lib
+        self.model = model
+        self.batch_tokens = batch_tokens
+        params = lib.llama_context_default_params()
+        params.n_ctx = context_tokens
+        params.n_batch = params.n_ubatch = batch_tokens
+        params.n_threads = params.n_threads_batch = threads
+        params.n_seq_max = max_sequences
+        params.kv_unified = unified
+        params.swa_full = True  # a sliding window's cache keeps everything: rollback must not reach past what is kept
+        _error_lines.clear()
+        self._handle = lib.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise EngineError(
+                f"no context of {context_tokens} tokens for {model.path}: {_complaint()}; try fewer context tokens"
+            )
+        self._memory = lib.llama_get_memory(self._handle)
+        if not self._memory:
+            lib.llama_free(self._handle)
+            raise EngineError(f"model file {model.path} is not a generative model: it keeps no cache; use another one")
+        self._batch = lib.llama_batch_init(batch_tokens, 0, max_sequences)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Evaluate n rows, at most `batch_tokens`; returns a copy of the `wanted` rows' logits, (len(wanted), V).
+
+        Row i is `tokens[i]` at `positions[i]`, entered in each of `sequences[i]`; it attends to what these hold before
+        it. Raises `EngineError` where llama.cpp fails; if the cache was full, it is as before.
+        """
+        if not 0 < len(tokens) <= self.batch_tokens:
+            raise LocalProtocolError(f"a decode takes 1 to {self.batch_tokens} rows, not {len(tokens)}")
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for row, (token, position, members) in enumerate(zip(tokens, positions, sequences, strict=True)):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, position, 0
+            batch.n_seq_id[row] = len(members)
+            for index, sequence in enumerate(members):
+                batch.seq_id[row][index] = sequence
+        for row in wanted:
+            batch.logits[row] = 1
+        _error_lines.clear()
+        code = self._lib.llama_decode(self._handle, batch)
+        if code != 0:
+            reason = _DECODE_ERRORS.get(code, f"code {code}")
+            raise EngineError(f"llama.cpp cannot evaluate {len(tokens)} tokens: {reason}; {_complaint()}")
+        logits = np.empty((len(wanted), self.model.vocabulary_size), dtype=np.float32)
+        for index, row in enumerate(wanted):
+            pointer = self._lib.llama_get_logits_ith(self._handle, row)
+            logits[index] = np.ctypeslib.as_array(pointer, shape=(self.model.vocabulary_size,))
+        return logits
+
+    def remove(self, sequence: int, start: int) -> bool:
+        """Drop a sequence's cache from position `start` on; False, and nothing changed, if this model cannot.
+
+        (Recurrent state cannot go back.) Dropping everything, `start` 0, always works.
+        """
+        return bool(self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+    def copy(self, source: int, destination: int, start: int, stop: int) -> None:
+        """Let `destination` share positions `start` to `stop` (exclusive) of `source`; for a unified cache only."""
+        self._lib.llama_memory_seq_cp(self._memory, source, destination, start, stop)
+
+    def close(self) -> None:
+        """Free the cache; safe to call twice."""
+        if self._handle:
+            self._lib.llama_batch_free(self._batch)
+            self._lib.llama_free(self._handle)
+            self._handle = None

@@ -1,0 +1,181 @@
+"""Random simulated sessions by seed: who drafts how well over which link, and what goes wrong when."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+from shared.core.link import LinkSettings
+from shared.core.messages import Fingerprint, Sampling, Want
+from shared.core.policies import DraftPolicy
+from shared.core.settings import (
+    CloudSettings,
+    EdgeSettings,
+    OnDisconnect,
+    OnReconnect,
+    Request,
+    SelfDecode,
+    TableSettings,
+)
+from shared.policy.run_ahead import RunAhead, StopAndWait
+from shared.testing.engines import TOY_VOCABULARY, HashModel, NoisyModel, ToyDraft, ToyTarget
+from shared.testing.link_model import LinkModel
+from shared.testing.world import SimEdge, World
+
+BUDGET_BYTES = 16.0
+
+# What 2,000 sessions must reach, and how often at least; a fault model that stops reaching one of these proves nothing.
+MUST_VISIT = {
+    **dict.fromkeys(("phase:connecting", "phase:opening", "phase:linked", "phase:local", "phase:done"), 100),
+    **dict.fromkeys(("effect:Send", "effect:Connect", "effect:Disconnect", "effect:Draft", "effect:Rollback"), 100),
+    **dict.fromkeys(("effect:Emit", "effect:Finished", "effect:Keep", "effect:Truncate", "effect:EndStream"), 100),
+    **dict.fromkeys(("effect:Confirm", "effect:Retract", "effect:Release", "effect:Refused"), 20),
+    **dict.fromkeys(("up:Open", "up:Draft", "up:Heartbeat", "up:Close", "down:Commit", "down:Heartbeat"), 100),
+    **dict.fromkeys(("down:NeedTokens", "down:Failure"), 20),
+    **dict.fromkeys(("shown:accepted", "shown:cloud", "shown:local", "finish:stop", "finish:length"), 100),
+    **dict.fromkeys(("finish:none", "dial:fresh", "dial:again"), 10),
+    **dict.fromkeys(("fault:reset", "fault:blackhole", "fault:half_open", "fault:stall", "fault:restart"), 100),
+    **dict.fromkeys(("fault:overload", "fault:slow", "fault:late_delivery", "fault:silent_edge"), 50),
+    "budget": 20,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one world came to."""
+
+    sessions: int
+    tokens: int
+    violations: list[str]
+    visits: Counter[str]
+
+
+def play(seed: int) -> Outcome:
+    """One world: one to three edges on a verifier, faults in three worlds out of four."""
+    random = Random(seed)
+    model = HashModel(salt=seed, stop_rate=random.choice((0.0, 0.0, 0.02)))
+    target = ToyTarget(model, base_ms=random.choice((8.0, 30.0, 65.0)), row_ms=random.choice((0.2, 1.0, 5.0)))
+    calm = random.random() < 0.25
+    cloud = CloudSettings(
+        context_length=random.choice((4096, 4096, 120)),
+        self_decode=random.choice(list(SelfDecode)),
+        max_draft_rows=random.choice((4, 16)),
+        max_pending_tokens=random.choice((12, 64, 256)),
+        window_tokens=random.choice((24, 128)),
+        prefill_chunk_tokens=random.choice((8, 256)),
+    )
+    sessions = 1 if random.random() < 0.8 else 3
+    settings = TableSettings(cloud, TOY_VOCABULARY, max_sessions=sessions, idle_timeout_ms=2_500.0, retry_after_ms=300)
+    world = World(seed, model, target, settings)
+    link_only = True
+    for index in range(sessions):
+        edge = _add_edge(world, random, model, seed * 8 + index, calm)
+        if not calm:
+            link_only &= _schedule_faults(world, random, edge)
+    world.run()
+    for edge in world.edges:
+        if calm:
+            _check_budget(world, edge)
+        if link_only:
+            _check_gaps(world, edge, target)
+    tokens = sum(len(edge.user.log) - len(edge.request.prompt) for edge in world.edges)
+    return Outcome(sessions, tokens, world.checks.violations, world.checks.visits)
+
+
+def _add_edge(world: World, random: Random, model: HashModel, seed: int, calm: bool) -> SimEdge:
+    acceptance = random.choice((0.9, 0.97, 1.0) if calm else (0.0, 0.3, 0.7, 0.9, 0.97, 1.0))
+    policy: DraftPolicy = RunAhead() if random.random() < 0.75 else StopAndWait(random.choice((1, 5)))
+    mismatch = not calm and random.random() < 0.03
+    request = Request(
+        session_id=f"s{seed}",
+        prompt=tuple(random.randrange(1, 1000) for _ in range(random.choice((1, 5, 40)))),
+        max_new_tokens=120 if calm else random.choice((1, 30, 120)),
+        vocabulary=Fingerprint(999, b"other") if mismatch else TOY_VOCABULARY,
+        sampling=Sampling(seed=seed),
+        stop_ids=frozenset((0,)),
+        want=Want.STREAM if random.random() < 0.1 else Want.SPECULATE,
+    )
+    settings = EdgeSettings(
+        link=LinkSettings(max_stall_ms=600.0, heartbeat_ms=200.0),
+        patience_ms=random.choice((1_500.0, 5_000.0)),
+        on_disconnect=random.choice((OnDisconnect.CONTINUE,) * 6 + (OnDisconnect.PAUSE, OnDisconnect.FAIL)),
+        on_reconnect=random.choice(list(OnReconnect)),
+        offline=not calm and random.random() < 0.02,
+    )
+    link = LinkModel(
+        world.random,
+        one_way_ms=random.choice((1.0, 10.0, 25.0, 75.0)),
+        jitter_ms=random.choice((0.0, 5.0, 40.0)),
+        duplicate_rate=0.0 if calm else 0.05,
+    )
+    draft = NoisyModel(model, acceptance, salt=seed + 1)
+    engine = ToyDraft(draft, max_context=random.choice((1 << 20, 1 << 20, 100)))
+    return world.add_edge(request, settings, policy, engine, link, draft_ms=random.choice((1.0, 8.0, 13.0, 60.0)))
+
+
+def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
+    """Plan what goes wrong; True where only the link does."""
+    faults = random.choices(range(9), k=random.randrange(1, 5))
+    for fault in faults:
+        when, lasts_s = random.random() * 4.0, random.choice((0.05, 0.4, 1.0, 3.0, 8.0))
+        match fault:
+            case 0:
+                world.at(when, partial(world.reset_link, edge, lasts_s))
+            case 1:
+                world.at(when, partial(world.blackhole, edge, lasts_s))
+            case 2:
+                world.at(when, partial(world.blackhole, edge, lasts_s, up=False))
+            case 3:
+                world.at(when, partial(world.blackhole, edge, lasts_s, down=False))
+            case 4:
+                world.at(when, partial(world.stall, edge, lasts_s))
+            case 5:
+                world.at(when, world.restart_verifier)
+            case 6:  # the cloud is slow to answer the Open after a short outage: the edge shows local tokens meanwhile
+                when, lasts_s = when / 4, lasts_s / 8
+                world.at(when, partial(world.reset_link, edge, lasts_s))
+                world.at(when, partial(world.slow_down, lasts_s + 2.0))
+            case 7:
+                world.at(when, partial(world.overload, lasts_s))
+            case _:
+                world.at(when, partial(world.slow_down, lasts_s))
+    return max(faults) < 5
+
+
+GAPS = []
+
+
+def _check_gaps(world: World, edge: SimEdge, target: ToyTarget) -> None:
+    GAPS.append(
+        (
+            edge.user.longest_gap_s,
+            world.seed,
+            edge.draft_ms,
+            edge.on_disconnect,
+            edge.request.want,
+            edge.engine._max_context,
+            target._base_ms,
+            world._settings.session,
+            edge.link,
+            len(world.edges),
+            edge.policy,
+            edge.session._settings,
+        )
+    )
+
+
+def _check_budget(world: World, edge: SimEdge) -> None:
+    """Steady state of one calm session that runs ahead with a good draft at a round trip of 50 ms or so.
+
+    Longer round trips waste more drafts on each rejection, and bytes with them.
+    """
+    tokens = len(edge.user.log) - len(edge.request.prompt)
+    is_steady = tokens >= 100 and len(world.edges) == 1 and edge.draft_ms <= 20 and edge.link.one_way_ms <= 25
+    model = edge.engine.model
+    is_good = isinstance(model, NoisyModel) and model.acceptance > 0.95
+    if not is_steady or not is_good or not isinstance(edge.policy, RunAhead):
+        return
+    world.checks.visits["budget"] += 1
+    for way, spent in (("up", edge.bytes_up), ("down", edge.bytes_down)):
+        if spent / tokens > BUDGET_BYTES:
+            world.checks.violations.append(f"edge {edge.index}: {spent / tokens:.1f} bytes {way} per token")
