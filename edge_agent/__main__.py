@@ -1,0 +1,165 @@
+"""`edge-agent`: the command line of the edge."""
+
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: a lost link is our business to report
+
+import asyncio
+import sys
+import uuid
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edge_agent.agent import EdgeAgent
+from edge_agent.channel import Channel
+from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
+from edge_agent.display import JsonLines, Screen
+from edge_agent.engines import LoadedDraft, load_draft
+from edge_agent.engines.chat import chat_prompt
+from shared.config import ConfigError
+from shared.core.effects import Finished, Refused
+from shared.core.link import LinkSettings
+from shared.core.messages import Want
+from shared.core.policies import DraftPolicy
+from shared.core.settings import EdgeSettings, Request
+from shared.engine import EngineError
+from shared.logs import configure_logs
+from shared.policy.run_ahead import RunAhead, StopAndWait
+from shared.runtimes.hub import resolve_model
+
+app = typer.Typer(
+    help="Draft on this device, let the verifier decide.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+EXIT_MISTAKE = 2  # configuration, model, prompt
+EXIT_REFUSED = 3  # the verifier will not serve us; the answer was finished here
+
+
+@app.callback()
+def _root() -> None:
+    """Draft on this device, let the verifier decide."""
+
+
+@app.command()
+def config() -> None:
+    """Print every setting with its default and its meaning, as a file to start from."""
+    typer.echo(DEFAULTS.read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads it from standard input.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file; `edge-agent config` prints one.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="Address of the verifier, host:port.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes the text at any temperature.")] = None,
+    cloud_only: Annotated[bool, typer.Option("--cloud-only", help="No drafts: the verifier streams.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Never dial: the draft model answers alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: tokens, then statistics.")] = False,
+) -> None:
+    """Answer one prompt and stream the text."""
+    overrides = {
+        "verifier.address": verifier,
+        "generation.max_new_tokens": max_new_tokens,
+        "sampling.temperature": temperature,
+        "sampling.seed": seed,
+        "speculation.enabled": False if cloud_only else None,
+    }
+    settings = load_edge_config(config, environ=os.environ, overrides=overrides)
+    configure_logs(settings.log.level, settings.log.format)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    raise typer.Exit(asyncio.run(_answer(settings, text, local, as_json)))
+
+
+async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -> int:
+    path = resolve_model(config.draft.model, "draft.model")
+    with Console(stderr=True).status(f"loading {path.name}"):
+        loaded = load_draft(config.draft, path)
+    request = make_request(config, loaded, prompt)
+    agent = make_agent(config, loaded, offline=local)
+    display = JsonLines(loaded.model) if as_json else Screen(loaded.model)
+    code = 0
+    try:
+        async for event in agent.answer(request):
+            if isinstance(event, Refused):
+                code = EXIT_REFUSED
+                _complain(f"the verifier refused: {event.detail}; the answer is local and unverified")
+            elif isinstance(event, Finished) and event.error:
+                code = code or EXIT_REFUSED
+                _complain(event.error)
+            display.show(event)
+        display.finish(agent.report())
+    finally:
+        await agent.close()
+    return code
+
+
+def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Request:
+    """The prompt as tokens, with everything that fixes the text. Raises `EngineError` where it does not fit."""
+    model, generation = loaded.model, config.generation
+    if generation.chat:
+        system = [{"role": "system", "content": generation.system_prompt}] if generation.system_prompt else []
+        tokens = chat_prompt(model, [*system, {"role": "user", "content": prompt}])
+    else:
+        tokens = model.tokenize(prompt, add_special=True)
+    room = loaded.engine.capabilities.max_context
+    if not tokens or len(tokens) >= room:
+        what = (
+            f"the prompt has {len(tokens)} tokens, the draft's context {room}; shorten it or raise draft.context_tokens"
+        )
+        raise EngineError(what if tokens else "the prompt is empty")
+    return Request(
+        session_id=uuid.uuid4().hex[:16],
+        prompt=tuple(tokens),
+        max_new_tokens=generation.max_new_tokens,
+        vocabulary=loaded.engine.fingerprint,
+        sampling=config.sampling.to_sampling(),
+        stop_ids=model.eog_ids,
+        want=Want.SPECULATE if config.speculation.enabled else Want.STREAM,
+    )
+
+
+def make_agent(config: EdgeConfig, loaded: LoadedDraft, offline: bool = False) -> EdgeAgent:
+    """The agent that these settings describe, ready to answer; nothing is dialled yet."""
+    link, speculation = config.link, config.speculation
+    settings = EdgeSettings(
+        link=LinkSettings(max_stall_ms=link.max_stall_ms, heartbeat_ms=link.heartbeat_ms),
+        patience_ms=link.patience_ms,
+        connect_timeout_ms=link.connect_timeout_ms,
+        backoff_initial_ms=link.backoff_initial_ms,
+        backoff_max_ms=link.backoff_max_ms,
+        on_disconnect=link.on_disconnect,
+        on_reconnect=link.on_reconnect,
+        offline=offline,
+    )
+    policy: DraftPolicy
+    if speculation.run_ahead:
+        policy = RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms)
+    else:
+        policy = StopAndWait(speculation.draft_tokens)
+    token = config.verifier.token
+    channel = Channel(config.verifier, token.get_secret_value() if token else None)
+    return EdgeAgent(loaded.engine, loaded.model.vocabulary, channel, settings, policy)
+
+
+def _complain(what: str) -> None:
+    typer.echo(f"edge-agent: {what}", err=True)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except (ConfigError, EngineError) as error:
+        _complain(str(error))
+        sys.exit(EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

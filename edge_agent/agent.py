@@ -1,0 +1,232 @@
+"""The driver of the edge: carries out what an `EdgeSession` asks for, on one event loop and one engine thread.
+
+The session decides, this module does: effects go to the channel, to the draft engine's thread or to the caller, and
+what comes back goes into the session with the time it came. Everything but the engine runs on the event loop, so the
+session has one owner and needs no lock; engine operations run on one thread in the order in which they were asked for.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+import structlog
+
+from edge_agent.channel import Channel, Traffic
+from edge_agent.statistics import Statistics
+from shared.core.edge_session import EdgeSession
+from shared.core.effects import (
+    Confirm,
+    Connect,
+    Disconnect,
+    Draft,
+    EdgeEffect,
+    Emit,
+    Finished,
+    Refused,
+    Retract,
+    Rollback,
+    Send,
+)
+from shared.core.errors import RemoteProtocolError
+from shared.core.messages import CloudMessage, Commit, FailureCode
+from shared.core.policies import DraftPolicy
+from shared.core.settings import EdgeSettings, Request
+from shared.engine import DraftEngine, EngineError, Proposal
+from shared.vocabulary import Vocabulary, describe_mismatch
+
+log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+Event = Emit | Confirm | Retract | Refused | Finished
+_GOODBYE_S = 0.5  # for the Close to reach the verifier; it would notice without
+
+
+class EdgeAgent:
+    """One draft engine and one way to the verifier; produces one answer at a time.
+
+    After `answer` has ended, `report` describes it.
+    """
+
+    def __init__(
+        self,
+        engine: DraftEngine,
+        vocabulary: Vocabulary,
+        channel: Channel,
+        settings: EdgeSettings,
+        policy: DraftPolicy,
+    ) -> None:
+        self._engine = engine
+        self._vocabulary = vocabulary
+        self._channel = channel
+        self._settings = settings
+        self._policy = policy
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="draft")
+        self._run: _Run | None = None
+
+    async def answer(self, request: Request) -> AsyncIterator[Event]:
+        """What the user sees, as it comes; the last event is `Finished`."""
+        run = self._run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy)
+        naming: asyncio.Task[str] | None = None
+        run.start()
+        try:
+            while True:
+                event = await run.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Refused) and event.code == FailureCode.VOCABULARY_MISMATCH.name:
+                    naming = asyncio.create_task(self._name_mismatch(event.detail))
+                    continue  # the local text goes on meanwhile
+                if isinstance(event, Finished) and naming is not None:
+                    yield Refused(FailureCode.VOCABULARY_MISMATCH.name, await naming)
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            run.stop()
+            if naming is not None:
+                naming.cancel()
+            await self._channel.finish(_GOODBYE_S)
+
+    def report(self) -> dict[str, object]:
+        """Statistics of the last answer, JSON-ready; empty before the first."""
+        return self._run.report() if self._run is not None else {}
+
+    async def close(self) -> None:
+        """Free the engine and the connection."""
+        await self._channel.close()
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.close)
+        self._worker.shutdown()
+
+    async def _name_mismatch(self, detail: str) -> str:
+        """The first differing ids, if the verifier still answers; its own words otherwise."""
+        try:
+            description = await self._channel.describe()
+        except (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError) as error:
+            log.info("cannot ask for the verifier's vocabulary", error=str(error))
+            return detail
+        named = describe_mismatch(self._vocabulary, Vocabulary(description.vocabulary_tokens))
+        return f"{named} (verifier model: {description.model})" if named else detail
+
+
+class _Run:
+    """One answer: the session, its timer, and what it is waiting for."""
+
+    def __init__(
+        self,
+        request: Request,
+        engine: DraftEngine,
+        worker: ThreadPoolExecutor,
+        channel: Channel,
+        settings: EdgeSettings,
+        policy: DraftPolicy,
+    ) -> None:
+        self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._request = request
+        self._engine = engine
+        self._worker = worker
+        self._channel = channel
+        self._session = EdgeSession(request, settings, policy)
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_reset = False  # the engine still holds the last answer's tokens
+        self._is_over = False
+        self._statistics = Statistics(time.monotonic())
+        channel.traffic = Traffic()
+
+    def start(self) -> None:
+        """Begin the session."""
+        self._do(self._session.start)
+
+    def stop(self) -> None:
+        """No more events: the caller has left or the answer is complete."""
+        self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def report(self) -> dict[str, object]:
+        """Statistics so far."""
+        path, link = self._session.path, self._session.link
+        return self._statistics.report(self._channel.traffic, path.draft_ms, link.rtt_ms, path.wasted_tokens)
+
+    def connected(self, stream: int) -> None:
+        """See `channel.Listener`."""
+        self._do(lambda now: self._session.connected(stream, now))
+
+    def received(self, stream: int, message: CloudMessage) -> None:
+        """See `channel.Listener`."""
+        if isinstance(message, Commit):
+            self._statistics.saw_commit(message)
+        try:
+            self._do(lambda now: self._session.receive(stream, message, now))
+        except RemoteProtocolError as error:
+            log.warning("the verifier broke the protocol", error=str(error))
+            self._channel.disconnect(stream)
+            self.disconnected(stream)
+
+    def disconnected(self, stream: int) -> None:
+        """See `channel.Listener`."""
+        self._do(lambda now: self._session.disconnected(stream, now))
+
+    def _do(self, step: Callable[[float], list[EdgeEffect]]) -> None:
+        """One input to the session, its effects, and the timer for the next."""
+        if self._is_over:
+            return
+        for effect in step(time.monotonic()):
+            self._enact(effect)
+        if self._timer is not None:
+            self._timer.cancel()
+        wake_at = self._session.wake_at()
+        if wake_at is not None:
+            delay_s = max(0.0, wake_at - time.monotonic())
+            self._timer = self._loop.call_later(delay_s, self._do, self._session.tick)
+
+    def _enact(self, effect: EdgeEffect) -> None:
+        match effect:
+            case Send(stream=stream, message=message):
+                self._channel.send(stream, message)  # type: ignore[arg-type] # an edge session sends edge messages
+            case Connect(stream=stream, fresh=fresh):
+                # The last answer's connection is as good as any for the first dial: if it is dead, silence will tell.
+                self._channel.connect(stream, fresh and stream > 1, self)
+            case Disconnect(stream=stream):
+                self._statistics.disconnects += 1
+                self._channel.disconnect(stream)
+            case Draft():
+                self._submit(lambda: self._draft(effect), self._drafted)
+            case Rollback(length=length):
+                self._submit(lambda: self._engine.rollback(length), lambda _: None)
+            case Emit():
+                self._statistics.saw_emit(effect, time.monotonic())
+                self.events.put_nowait(effect)
+            case Confirm() | Retract() | Refused() | Finished():
+                self.events.put_nowait(effect)
+
+    def _draft(self, effect: Draft) -> Proposal:
+        """On the engine's thread."""
+        if self._is_reset:
+            self._engine.extend(effect.feed)
+        else:  # the first draft feeds the whole prompt; what it shares with the last answer stays in the cache
+            self._engine.reset(effect.feed, self._request.sampling, len(self._request.prompt))
+            self._is_reset = True
+        try:
+            return self._engine.propose(effect.n)
+        except EngineError as error:
+            log.error("the draft engine failed; going on with the cloud alone", error=str(error))  # noqa: TRY400 - said
+            return Proposal((), ())
+
+    def _drafted(self, proposal: Proposal) -> None:
+        self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
+
+    def _submit(self, work: Callable[[], _T], then: Callable[[_T], None]) -> None:
+        """Run engine work in order on its thread and go on with the result here; a failure ends the answer."""
+
+        def land(future: asyncio.Future[_T]) -> None:
+            error = future.exception()
+            if error is None:
+                then(future.result())
+            elif isinstance(error, Exception):
+                self.events.put_nowait(error)
+
+        self._loop.run_in_executor(self._worker, work).add_done_callback(land)

@@ -1,0 +1,206 @@
+"""The way to the verifier: one HTTP/2 connection, one gRPC stream at a time, numbered by the edge session.
+
+The transport is never waited for: a stream is dropped by cancelling its task, and a fresh dial gets a channel and a
+subchannel pool of its own, so it is really a new TCP connection (a cached one can hang for minutes on a mobile link).
+Everything that happens to a stream is reported to the listener, on the event loop, tagged with its number.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import structlog
+
+from edge_agent.config import VerifierConfig
+from shared import wire
+from shared.core.errors import RemoteProtocolError
+from shared.core.messages import CloudMessage, EdgeMessage, Failure, FailureCode, Open
+from shared.pb import speculation_pb2 as pb
+from shared.pb.speculation_pb2_grpc import VerifierStub
+from shared.transport import CLIENT_OPTIONS
+
+log = structlog.get_logger(__name__)
+
+_DESCRIBE_TIMEOUT_S = 5.0
+# Statuses that say something about the request; anything else says something about the link.
+_FAILURES = {
+    grpc.StatusCode.UNAUTHENTICATED: FailureCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED: FailureCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED: FailureCode.INVALID_REQUEST,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: FailureCode.RESOURCE_EXHAUSTED,
+}
+
+
+class Listener(Protocol):
+    """Who is told what happens to streams."""
+
+    def connected(self, stream: int) -> None:
+        """The stream can carry messages."""
+        ...
+
+    def received(self, stream: int, message: CloudMessage) -> None:
+        """A message came."""
+        ...
+
+    def disconnected(self, stream: int) -> None:
+        """The stream is gone, or could not be had."""
+        ...
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Protobuf bytes of one answer, before HTTP/2 and TLS; the Open is not steady state and counted apart."""
+
+    open_bytes: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    messages_up: int = 0
+    messages_down: int = 0
+
+
+@dataclass(slots=True)
+class _Stream:
+    task: asyncio.Task[None]
+    outbox: asyncio.Queue[pb.EdgeMessage | None] = field(default_factory=asyncio.Queue)
+
+
+class Channel:
+    """Numbered streams to one verifier, for one listener at a time."""
+
+    def __init__(self, config: VerifierConfig, token: str | None) -> None:
+        """Nothing is dialled yet. `token` is the bearer token, if the verifier asks for one."""
+        self.traffic = Traffic()
+        self._config = config
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channel: grpc.aio.Channel | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def connect(self, stream: int, fresh: bool, listener: Listener) -> None:
+        """Open stream `stream`, on a fresh connection where asked; the listener hears what came of it."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if task.cancelled():
+                return
+            if error := task.exception():
+                log.error("stream failed", stream=stream, exc_info=error)
+            self._streams.pop(stream, None)
+            listener.disconnected(stream)
+
+        task = asyncio.create_task(self._run(stream, fresh, listener))
+        task.add_done_callback(ended)
+        self._streams[stream] = _Stream(task)
+
+    def send(self, stream: int, message: EdgeMessage) -> None:
+        """Queue a message; a stream that is gone drops it."""
+        state = self._streams.get(stream)
+        if state is None:
+            return
+        encoded = wire.edge_to_wire(message)
+        if isinstance(message, Open):
+            self.traffic.open_bytes += encoded.ByteSize()
+        else:
+            self.traffic.bytes_up += encoded.ByteSize()
+            self.traffic.messages_up += 1
+        state.outbox.put_nowait(encoded)
+
+    def disconnect(self, stream: int) -> None:
+        """Drop the stream at once; nothing more is reported of it."""
+        state = self._streams.pop(stream, None)
+        if state is not None:
+            state.task.cancel()
+            self._closing.add(state.task)
+            state.task.add_done_callback(self._closing.discard)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Let what is queued go out and the verifier end the streams; those that take longer are dropped."""
+        streams, self._streams = self._streams, {}
+        for state in streams.values():
+            state.outbox.put_nowait(None)
+        tasks = [state.task for state in streams.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+        await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Drop every stream and the connection."""
+        await self.finish(timeout_s=0.0)
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def describe(self) -> wire.Description:
+        """What the verifier serves, its vocabulary included. Raises `grpc.aio.AioRpcError`, `RemoteProtocolError`."""
+        request = pb.DescribeRequest(include_vocabulary=True)
+        stub = _stub(await self._ready(fresh=False))
+        reply = await stub.Describe(request, metadata=self._metadata, timeout=_DESCRIBE_TIMEOUT_S)
+        return wire.description_from_wire(reply)
+
+    async def _run(self, stream: int, fresh: bool, listener: Listener) -> None:
+        outbox = self._streams[stream].outbox
+        call = None
+        try:
+            channel = await self._ready(fresh)
+            call = _stub(channel).Speculate(_outgoing(outbox), metadata=self._metadata)
+            listener.connected(stream)
+            async for encoded in call:
+                self.traffic.bytes_down += encoded.ByteSize()
+                self.traffic.messages_down += 1
+                listener.received(stream, wire.cloud_from_wire(encoded))
+        except grpc.aio.AioRpcError as error:
+            code = _FAILURES.get(error.code())
+            log.info("stream ended", stream=stream, code=error.code().name, detail=error.details())
+            if code is not None:
+                listener.received(stream, Failure(code, error.details() or code.name.lower()))
+        except (ConnectionError, RemoteProtocolError) as error:
+            log.info("stream ended", stream=stream, detail=str(error))
+        finally:
+            if call is not None:
+                call.cancel()
+
+    async def _ready(self, fresh: bool) -> grpc.aio.Channel:
+        """The connection, dialled if need be. Raises `ConnectionError` as soon as an attempt fails."""
+        if self._channel is None or fresh:
+            stale, self._channel = self._channel, self._dial()
+            if stale is not None:
+                closing = asyncio.create_task(stale.close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        channel = self._channel
+        state = channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.READY:
+            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+                raise ConnectionError(f"cannot connect to {self._config.address}")
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=True)
+        return channel
+
+    def _dial(self) -> grpc.aio.Channel:
+        tls = self._config.tls
+        if not tls.enabled:
+            return grpc.aio.insecure_channel(self._config.address, options=CLIENT_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=_read(tls.ca_file),
+            private_key=_read(tls.key_file),
+            certificate_chain=_read(tls.cert_file),
+        )
+        name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+        return grpc.aio.secure_channel(self._config.address, credentials, options=[*CLIENT_OPTIONS, *name])
+
+
+async def _outgoing(outbox: asyncio.Queue[pb.EdgeMessage | None]) -> AsyncIterator[pb.EdgeMessage]:
+    while (message := await outbox.get()) is not None:
+        yield message
+
+
+def _stub(channel: grpc.aio.Channel) -> VerifierStub:
+    return VerifierStub(channel)  # type: ignore[no-untyped-call] # generated code has no types
+
+
+def _read(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()

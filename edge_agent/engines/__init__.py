@@ -1,0 +1,40 @@
+"""Draft engines by name, loaded only when asked for."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.config import DraftConfig
+from shared.engine import DraftEngine, EngineError
+from shared.runtimes.llama_cpp import LlamaModel
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """An engine, and the model whose tokenizer and chat template go with it."""
+
+    engine: DraftEngine
+    model: LlamaModel
+
+
+def _llama_cpp(config: DraftConfig, path: Path) -> LoadedDraft:
+    from edge_agent.engines.llama_cpp import LlamaCppDraft
+
+    engine = LlamaCppDraft(path, context_tokens=config.context_tokens, threads=config.threads or os.cpu_count() or 1)
+    return LoadedDraft(engine, engine.model)
+
+
+ENGINES: dict[str, Callable[[DraftConfig, Path], LoadedDraft]] = {"llama_cpp": _llama_cpp}
+
+
+def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
+    """Load `draft.model` by `draft.engine` and check it. Raises `EngineError`."""
+    from edge_agent.engines.selftest import check_draft
+
+    loaded = ENGINES[config.engine](config, path)
+    if not loaded.engine.capabilities.can_rollback:
+        loaded.engine.close()
+        raise EngineError(f"{path.name} cannot roll back its cache, so it cannot draft; use another draft model")
+    check_draft(loaded.engine)
+    return loaded

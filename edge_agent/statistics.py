@@ -1,0 +1,89 @@
+"""What one answer was like, measured where the user sits. Monotonic clock; durations in ms."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from edge_agent.channel import Traffic
+from shared.core.effects import Emit, Provenance
+from shared.core.messages import Commit
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Filled while an answer runs. Per-request speculation counters have vLLM's names.
+
+    `num_drafts` counts target steps that evaluated draft tokens, `num_draft_tokens` those tokens,
+    `num_accepted_tokens` the ones that the target agreed with.
+    """
+
+    begun_at: float
+    shown_at: list[float] = field(default_factory=list)
+    provenance: Counter[Provenance] = field(default_factory=Counter)
+    num_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    verify_ms: float = 0.0
+    disconnects: int = 0
+
+    def saw_commit(self, commit: Commit) -> None:
+        """Count one target step."""
+        self.num_steps += 1
+        self.num_drafts += commit.num_drafted > 0
+        self.num_draft_tokens += commit.num_drafted
+        self.num_accepted_tokens += commit.num_accepted
+        self.verify_ms += commit.verify_ms
+
+    def saw_emit(self, emit: Emit, now: float) -> None:
+        """Count shown tokens."""
+        self.shown_at += [now] * len(emit.tokens)
+        self.provenance.update(emit.provenance)
+
+    @property
+    def ttft_ms(self) -> float:
+        """From the request to the first token; 0 if none came."""
+        return (self.shown_at[0] - self.begun_at) * 1000 if self.shown_at else 0.0
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean time per token after the first: (last - first) / (n - 1)."""
+        if len(self.shown_at) < 2:
+            return 0.0
+        return (self.shown_at[-1] - self.shown_at[0]) * 1000 / (len(self.shown_at) - 1)
+
+    @property
+    def max_itl_ms(self) -> float:
+        """The longest gap between two tokens."""
+        gaps = (later - earlier for earlier, later in zip(self.shown_at, self.shown_at[1:], strict=False))
+        return max(gaps, default=0.0) * 1000
+
+    def report(self, traffic: Traffic, draft_ms: float, rtt_ms: float, wasted_tokens: int) -> dict[str, object]:
+        """One JSON-ready object; rates are null where nothing was counted."""
+        tokens = len(self.shown_at)
+        steps, drafted = self.num_steps, self.num_draft_tokens
+        committed = tokens - self.provenance[Provenance.LOCAL]
+        return {
+            "tokens": tokens,
+            "ttft_ms": round(self.ttft_ms, 2),
+            "tpot_ms": round(self.tpot_ms, 3),
+            "max_itl_ms": round(self.max_itl_ms, 2),
+            "accepted_tokens": self.provenance[Provenance.ACCEPTED],
+            "cloud_tokens": self.provenance[Provenance.CLOUD],
+            "local_tokens": self.provenance[Provenance.LOCAL],
+            "num_steps": steps,
+            "num_drafts": self.num_drafts,
+            "num_draft_tokens": drafted,
+            "num_accepted_tokens": self.num_accepted_tokens,
+            "acceptance_rate": round(self.num_accepted_tokens / drafted, 4) if drafted else None,
+            "mean_acceptance_length": round(committed / steps, 3) if steps else None,
+            "mean_verify_ms": round(self.verify_ms / steps, 2) if steps else None,
+            "wasted_draft_tokens": wasted_tokens,
+            "draft_ms": round(draft_ms, 2),
+            "rtt_ms": round(rtt_ms, 2),
+            "open_bytes": traffic.open_bytes,
+            "bytes_up_per_token": round(traffic.bytes_up / committed, 2) if committed else None,
+            "bytes_down_per_token": round(traffic.bytes_down / committed, 2) if committed else None,
+            "messages_up": traffic.messages_up,
+            "messages_down": traffic.messages_down,
+            "disconnects": self.disconnects,
+        }

@@ -1,0 +1,20 @@
+"""`edge-agent` whose drafts are replaced by garbage, at the draft model's own speed: what the worst draft costs."""
+
+from pathlib import Path
+
+from edge_agent import engines
+from edge_agent.__main__ import main
+from edge_agent.config import DraftConfig
+from shared.testing.engines import GarbageDraft
+
+_load = engines.ENGINES["llama_cpp"]
+
+
+def _load_garbage(config: DraftConfig, path: Path) -> engines.LoadedDraft:
+    loaded = _load(config, path)
+    return engines.LoadedDraft(GarbageDraft(loaded.engine), loaded.model)
+
+
+if __name__ == "__main__":
+    engines.ENGINES["llama_cpp"] = _load_garbage
+    main()
