@@ -1,0 +1,56 @@
+"""The target engines by name. A runtime is imported only where it is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud_verifier.config import TargetConfig
+from shared.engine import EngineError, TargetEngine
+from shared.vocabulary import Vocabulary
+
+Progress = Callable[[str, float | None], None]
+"""Told the stage (a few words for people) and how much of it is done, 0 to 1, or None where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded, checked and measured engine and what is said about it to the edges; `vocabulary` is the engine's."""
+
+    engine: TargetEngine
+    vocabulary: Vocabulary
+    model: str
+    dtype: str
+    runtime: str
+
+
+def load_target(config: TargetConfig, progress: Progress) -> Target:
+    """Load, self-test and measure the configured target; takes seconds to minutes. Raises `EngineError`."""
+    return _FACTORIES[config.engine](config, progress)
+
+
+def _torch(config: TargetConfig, progress: Progress) -> Target:
+    try:
+        from cloud_verifier.engines.torch_engine import TorchTarget
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"engine torch needs the Python package {error.name!r}; pip install 'outrider[cloud]'"
+        ) from error
+    engine = TorchTarget.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        context_tokens=config.context_tokens,
+        cache_dir=config.cache_dir,
+        progress=progress,
+    )
+    return Target(engine, engine.vocabulary, _public_name(config.model), config.dtype, "torch")
+
+
+def _public_name(model: str) -> str:
+    """The configured name; of a path only its end, for the folders of this machine are nobody's business."""
+    path = Path(model).expanduser()
+    return path.name if path.exists() else model
+
+
+_FACTORIES: dict[str, Callable[[TargetConfig, Progress], Target]] = {"torch": _torch}
