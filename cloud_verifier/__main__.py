@@ -78,11 +78,14 @@ async def _serve(settings: CloudConfig, target: Target) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with serving(settings, target) as verifier:
-        costs = ", ".join(f"{rows} rows {target.engine.cost_ms(rows):.0f} ms" for rows in _COST_ROWS)
-        typer.echo(f"listening on {verifier.address} ({target.model}, {target.dtype}, {costs})")
-        await asyncio.wait({verifier.failed, asyncio.create_task(stopped.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        if verifier.failed.done():
-            verifier.failed.result()
+        costs = "/".join(f"{target.engine.cost_ms(rows):.0f}" for rows in _COST_ROWS)
+        rows = "/".join(map(str, _COST_ROWS))
+        typer.echo(f"listening on {verifier.address} ({target.model}, {target.dtype}, {rows} rows cost {costs} ms)")
+        told = asyncio.create_task(stopped.wait())
+        await asyncio.wait({verifier.running, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if verifier.running.done():
+            verifier.running.result()
 
 
 @contextmanager

@@ -70,10 +70,12 @@ def server_credentials(tls: ServerTlsConfig) -> grpc.ServerCredentials | None:
             context.load_verify_locations(tls.client_ca_file)
         pair = tls.key_file.read_bytes(), tls.cert_file.read_bytes()
         client_ca = tls.client_ca_file.read_bytes() if tls.client_ca_file else None
-    except OSError as error:  # an SSLError is one too
-        reason = getattr(error, "reason", None) or error.strerror or error
+    except OSError as error:
+        # OpenSSL's own words ("PEM lib") help nobody.
+        is_openssl = isinstance(error, ssl.SSLError)
+        reason = "not PEM files, or not a certificate and its own key without a password" if is_openssl else error
         files = ", ".join(str(file) for file in (tls.cert_file, tls.key_file, tls.client_ca_file) if file)
-        raise ConfigError(f"server.tls: {files}: {reason}; give PEM files, the key without a password") from error
+        raise ConfigError(f"server.tls: {files}: {reason}") from error
     return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 

@@ -19,12 +19,12 @@ from shared.wire import Description
 
 @dataclass(frozen=True, slots=True)
 class RunningVerifier:
-    """What callers may want of it. `address` has the real port; `failed` completes only by the worker's end."""
+    """What callers may want of it: the address with the real port, and the worker's task, which only a fault ends."""
 
     address: str
     worker: Worker
     metrics_port: int | None
-    failed: "asyncio.Task[None]"
+    running: "asyncio.Task[None]"
 
 
 @contextlib.asynccontextmanager

@@ -22,7 +22,7 @@ from cloud_verifier.config import CloudConfig
 from cloud_verifier.worker import Worker
 from shared import wire
 from shared.core.errors import RemoteProtocolError
-from shared.core.messages import CloudMessage, Draft, EdgeMessage, Failure, FailureCode, Open
+from shared.core.messages import CloudMessage, Failure, FailureCode
 from shared.pb import speculation_pb2 as pb
 from shared.pb import speculation_pb2_grpc as pb_grpc
 from shared.transport import SERVER_OPTIONS
@@ -122,19 +122,11 @@ class VerifierServicer(pb_grpc.VerifierServicer):
     async def _read(self, number: int, messages: AsyncIterator[pb.EdgeMessage], outbox: StreamOutbox) -> None:
         try:
             async for message in messages:
-                await self._worker.receive(number, self._from_wire(message))
+                await self._worker.receive(number, wire.edge_from_wire(message))
         except (DecodeError, RemoteProtocolError) as error:
             outbox.send(Failure(FailureCode.PROTOCOL, str(error)))
         finally:
             outbox.end()
-
-    def _from_wire(self, encoded: pb.EdgeMessage) -> EdgeMessage:
-        message = wire.edge_from_wire(encoded)
-        # An id that the target has no row for must not reach it, where it would fail every session of the step.
-        size = self._description.vocabulary.size
-        if isinstance(message, Open | Draft) and max(message.tokens, default=0) >= size:
-            raise RemoteProtocolError(f"token {max(message.tokens)} is outside of the vocabulary of {size}")
-        return message
 
 
 class VerifierServer:

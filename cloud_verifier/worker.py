@@ -29,8 +29,7 @@ from shared.core.settings import TableSettings
 from shared.engine import TargetEngine
 from shared.metrics import VerifierMetrics
 
-# A timer of the table may lie in the past while there is nothing to do (a session that waits for an acknowledgement).
-_SHORTEST_SLEEP_S = 0.01
+_SHORTEST_SLEEP_S = 0.001  # event loops fire up to a clock tick early; then it is not due yet
 # How much one stream may leave waiting during one forward; then it is not read until the step is over.
 _MAX_DEFERRED = 256
 

@@ -94,10 +94,11 @@ class EdgeAgent:
         """Statistics of the last answer, JSON-ready; empty before the first."""
         return self._run.report() if self._run is not None else {}
 
-    async def close(self) -> None:
-        """Free the engine and the connection."""
+    async def close(self, keep_engine: bool = False) -> None:
+        """Free the connection, and the engine unless it is the caller's."""
         await self._channel.close()
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.close)
+        if not keep_engine:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.close)
         self._worker.shutdown()
 
     async def _name_mismatch(self, detail: str) -> str:
@@ -108,7 +109,7 @@ class EdgeAgent:
             log.info("cannot ask for the verifier's vocabulary", error=str(error))
             return detail
         named = describe_mismatch(self._vocabulary, Vocabulary(description.vocabulary_tokens))
-        return f"{named} (verifier model: {description.model})" if named else detail
+        return f"{detail}; {named} (verifier model: {description.model})" if named else detail
 
 
 class _Run:

@@ -6,7 +6,7 @@ Everything that happens to a stream is reported to the listener, on the event lo
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -61,10 +61,13 @@ class Traffic:
     messages_down: int = 0
 
 
+_Outbox = asyncio.Queue[pb.EdgeMessage | None]
+
+
 @dataclass(slots=True)
 class _Stream:
     task: asyncio.Task[None]
-    outbox: asyncio.Queue[pb.EdgeMessage | None] = field(default_factory=asyncio.Queue)
+    outbox: _Outbox = field(default_factory=asyncio.Queue)
 
 
 class Channel:
@@ -143,10 +146,11 @@ class Channel:
 
     async def _run(self, stream: int, fresh: bool, listener: Listener) -> None:
         outbox = self._streams[stream].outbox
-        call = None
+        call = writing = None
         try:
             channel = await self._ready(fresh)
-            call = _stub(channel).Speculate(_outgoing(outbox), metadata=self._metadata)
+            call = _stub(channel).Speculate(metadata=self._metadata)
+            writing = asyncio.create_task(_write(call, outbox))
             listener.connected(stream)
             async for encoded in call:
                 self.traffic.bytes_down += encoded.ByteSize()
@@ -160,7 +164,8 @@ class Channel:
         except (ConnectionError, RemoteProtocolError) as error:
             log.info("stream ended", stream=stream, detail=str(error))
         finally:
-            if call is not None:
+            if call is not None and writing is not None:
+                writing.cancel()
                 call.cancel()
 
     async def _ready(self, fresh: bool) -> grpc.aio.Channel:
@@ -193,9 +198,12 @@ class Channel:
         return grpc.aio.secure_channel(self._config.address, credentials, options=[*CLIENT_OPTIONS, *name])
 
 
-async def _outgoing(outbox: asyncio.Queue[pb.EdgeMessage | None]) -> AsyncIterator[pb.EdgeMessage]:
-    while (message := await outbox.get()) is not None:
-        yield message
+async def _write(call: "grpc.aio.StreamStreamCall[pb.EdgeMessage, pb.CloudMessage]", outbox: _Outbox) -> None:
+    """Send what is queued until None; a call that ends is reported by its reader, with the reason."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while (message := await outbox.get()) is not None:
+            await call.write(message)
+        await call.done_writing()
 
 
 def _stub(channel: grpc.aio.Channel) -> VerifierStub:

@@ -24,7 +24,7 @@ from shared.testing.link_proxy import LinkProxy
 
 BIN = Path(sys.executable).parent
 PROMPT = "Tell me a long story about a lighthouse keeper who finds a message in a bottle."
-ROUNDS = 3
+ROUNDS = 1
 NEW_TOKENS = 96
 OUTAGE_TOKENS = 420  # long enough to see the cut, the local part and the return
 CUT_AFTER_TOKENS = 30

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cloud_verifier.config import TargetConfig
 from shared.engine import EngineError, TargetEngine
+from shared.runtimes.hub import resolve_model
 from shared.vocabulary import Vocabulary
 
 Progress = Callable[[str, float | None], None]
@@ -29,6 +30,7 @@ def load_target(config: TargetConfig, progress: Progress) -> Target:
 
 
 def _torch(config: TargetConfig, progress: Progress) -> Target:
+    path = resolve_model(config.model, "target model")  # a wrong name is told before the seconds of importing torch
     try:
         from cloud_verifier.engines.torch_engine import TorchTarget
     except ModuleNotFoundError as error:
@@ -36,7 +38,7 @@ def _torch(config: TargetConfig, progress: Progress) -> Target:
             f"engine torch needs the Python package {error.name!r}; pip install 'outrider[cloud]'"
         ) from error
     engine = TorchTarget.load(
-        config.model,
+        str(path),
         dtype=config.dtype,
         device=config.device,
         threads=config.threads,

@@ -20,9 +20,9 @@ Cache rule: after a committing step the target's cache holds exactly committed_l
 is the next input. `stepped` returns the rows to keep so that this holds.
 
 When no drafts are pending, `self_decode` decides: `always` decodes, `idle` decodes when the worker has spare capacity,
-`off` waits for drafts, at most `starved_after_ms`; from then on, until a draft arrives, it decodes too: an edge that
-cannot draft (its context is full) must not be slower than the cloud alone. A session
-never runs more than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
+`off` waits for drafts. No wait is longer than `starved_after_ms`; from then on, until a draft arrives, the session
+decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
+than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 """
 
 from dataclasses import dataclass
@@ -90,6 +90,11 @@ class CloudSession:
         """Whether a step is in flight."""
         return self._step is not None
 
+    @property
+    def _is_ready(self) -> bool:
+        has_window = len(self.log) - self._acked_len < self._settings.window_tokens
+        return has_window and self.finish is Finish.NONE and not self.is_stepping
+
     def acknowledged(self, committed_len: int, draft_ms: float) -> None:
         """The edge has seen this many committed tokens. Raises `RemoteProtocolError` for more than there are."""
         if committed_len > len(self.log):
@@ -111,14 +116,11 @@ class CloudSession:
 
     def wake_at(self) -> float | None:
         """When `plan` may say yes although nothing has arrived since it said no."""
-        waits = self._settings.self_decode is SelfDecode.OFF and self.finish is Finish.NONE and not self.is_stepping
-        return self._ready_at + self._settings.starved_after_ms / 1000 if waits else None
+        return self._ready_at + self._settings.starved_after_ms / 1000 if self._is_ready else None
 
     def plan(self, policy: StepPolicy, spare: bool, now: float) -> Rows | None:
         """Rows for the next step, or None: finished, stepping, waiting for an acknowledgement or for drafts."""
-        if self.finish is not Finish.NONE or self.is_stepping:
-            return None
-        if len(self.log) - self._acked_len >= self._settings.window_tokens:
+        if not self._is_ready:
             return None
         uncached = self.log.tokens(self.cached_len)
         queue_ms = (now - self._ready_at) * 1000
@@ -167,12 +169,9 @@ class CloudSession:
     def _may_decode(self, spare: bool, now: float) -> bool:
         """May the step be a plain decode step? A session that drafts nothing is always served."""
         mode = self._settings.self_decode
-        if self.opened.want is Want.STREAM or mode is SelfDecode.ALWAYS:
+        if self.opened.want is Want.STREAM or mode is SelfDecode.ALWAYS or (mode is SelfDecode.IDLE and spare):
             return True
-        starved_at = self.wake_at()
-        if starved_at is None:
-            return spare
-        self._is_starved = self._is_starved or now >= starved_at
+        self._is_starved |= now >= self._ready_at + self._settings.starved_after_ms / 1000
         return self._is_starved
 
     def _rows(self, fed: tuple[int, ...], nodes: tuple[Node, ...], first_selected: int) -> Rows:

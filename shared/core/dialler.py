@@ -17,10 +17,14 @@ class Dialler:
         self._attempt = 0
 
     def dial(self, now: float, rtt_ms: float, fresh: bool = True) -> Connect:
-        """Start an attempt; it may take four round trips (TCP and TLS) or `connect_timeout_ms`."""
+        """Start an attempt; it may take four round trips (TCP and TLS) or `connect_timeout_ms`, whichever is longer.
+
+        `rtt_ms` 0 means that no round trip was ever measured: then each failed attempt makes the next more patient.
+        """
         self.stream += 1
         self.next_at = None
-        self.give_up_at = now + max(self._settings.connect_timeout_ms, 4 * rtt_ms) / 1000
+        patience = 1 if rtt_ms else 2 ** min(self._attempt, 3)
+        self.give_up_at = now + max(self._settings.connect_timeout_ms * patience, 4 * rtt_ms) / 1000
         return Connect(self.stream, fresh)
 
     def answered(self, stream: int) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from shared.core.acceptance import Acceptance
 from shared.core.effects import Draft, Rollback
 from shared.core.errors import LocalProtocolError
+from shared.core.link import Link
 from shared.core.messages import Draft as DraftMessage
 from shared.core.policies import DraftObservation
 from shared.core.tokens import TokenLog, quantize
@@ -48,12 +49,13 @@ class DraftPath:
         """Whether the draft engine is free and has room."""
         return self.in_flight is None and not self.is_exhausted
 
-    def observe(self, settled_len: int, is_up: bool, rtt_ms: float, max_ahead: int, now: float) -> DraftObservation:
+    def observe(self, settled_len: int, is_up: bool, link: Link, max_ahead: int, now: float) -> DraftObservation:
         """What the policy decides on; the own path begins at `settled_len`, and nothing can be sent unless `is_up`."""
         return DraftObservation(
             acceptance=self.acceptance.rate,
             draft_ms=self.draft_ms,
-            rtt_ms=rtt_ms,
+            rtt_ms=link.rtt_ms,
+            until_step_ms=link.until_step_ms(now),
             ahead_tokens=len(self.log) - settled_len,
             unsent_tokens=len(self.log) - self.sent_len if is_up else 0,
             max_ahead=max_ahead,

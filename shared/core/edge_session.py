@@ -113,11 +113,11 @@ class EdgeSession:
         """A message arrived. Raises `RemoteProtocolError`; the driver then reports the stream as disconnected."""
         if stream != self._dialler.stream or not self._is_up:
             return []  # a dead stream still delivers
-        self.link.heard(now)
+        self.link.heard(message, now)
         effects: list[EdgeEffect] = []
         match message:
-            case Heartbeat(nonce=nonce):
-                self.link.echoed(nonce, now)
+            case Heartbeat():
+                pass
             case NeedTokens():
                 if self.phase is Phase.OPENING and self._known_len:
                     self._known_len = 0
@@ -194,7 +194,7 @@ class EdgeSession:
         self._patience_until = now + self._settings.patience_ms / 1000
         self._max_ahead = commit.max_ahead or self._max_ahead
         self._dialler.progressed()
-        shown = self._transcript.show_committed(log, commit, start, start + matched) if tokens else []
+        shown = self._transcript.show_committed(log, commit, start, start + matched)
         finished = self._finish(commit.finish) if commit.finish is not Finish.NONE else []
         return [*rollbacks, *shown, *finished]
 
@@ -236,7 +236,7 @@ class EdgeSession:
     def _run_ahead(self, now: float) -> list[EdgeEffect]:
         """Send what is due and draft further."""
         path, settled_len = self.path, max(self.committed_len, self._transcript.shown_len)
-        seen = path.observe(settled_len, self._is_up, self.link.rtt_ms, self._max_ahead, now)
+        seen = path.observe(settled_len, self._is_up, self.link, self._max_ahead, now)
         drafts: list[EdgeEffect] = []
         if path.can_draft and self._request.ending(path.log) is Finish.NONE:
             n = 1 if self._shows_local else min(self._policy.draft_tokens(seen), self._request.limit - len(path))

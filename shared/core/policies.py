@@ -8,12 +8,14 @@ from typing import Protocol
 class DraftObservation:
     """What the run-ahead policy decides on.
 
-    `ahead_tokens` is the own path beyond committed, `unsent_tokens` of it not sent. Durations in ms.
+    `ahead_tokens` is the own path beyond committed, `unsent_tokens` of it not sent. `until_step_ms`: how long a message
+    sent now would wait at the verifier for its next step. Durations in ms.
     """
 
     acceptance: float
     draft_ms: float
     rtt_ms: float
+    until_step_ms: float
     ahead_tokens: int
     unsent_tokens: int
     max_ahead: int

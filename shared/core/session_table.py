@@ -120,16 +120,20 @@ class SessionTable:
         return effects
 
     def tick(self, now: float) -> list[CloudEffect]:
-        """End the streams that were silent for too long."""
+        """End the streams that were silent for too long; not during a step, after which it is asked again."""
+        if self.is_stepping:
+            return []
         timeout = self._settings.idle_timeout_ms / 1000
-        silent = [number for number, state in self._streams.items() if now - state.heard_at >= timeout]
+        silent = [number for number, state in self._streams.items() if state.heard_at + timeout <= now]
         effects: list[CloudEffect] = []
         for stream in silent:
             effects += [*self.lost(stream), EndStream(stream)]
         return effects
 
     def wake_at(self) -> float | None:
-        """When to call `tick` and `plan` again although nothing arrived; None if nothing is pending."""
+        """When to call `tick` and `plan` though nothing arrived; None: not until something does, or `stepped`."""
+        if self.is_stepping:
+            return None
         timeout = self._settings.idle_timeout_ms / 1000
         times = [state.heard_at + timeout for state in self._streams.values()]
         times += [wake_at for session in self.sessions if (wake_at := session.wake_at()) is not None]
@@ -157,6 +161,7 @@ class SessionTable:
                     raise RemoteProtocolError("Open on a stream whose session is open")
                 return self._open(stream, state, message, now)
             case Draft():
+                self._check_ids(message.tokens)
                 if state.session is not None:  # else it hangs on an Open that was answered by NeedTokens: stale
                     state.session.drafted(message, now)
                 return []
@@ -171,6 +176,7 @@ class SessionTable:
         failure = self._refusal(message)
         if failure is not None:
             return [*effects, *self._fail(stream, failure)]
+        self._check_ids(message.tokens)
         parked = self._parked.get(key, _Parked(TokenLog(), 0))
         if message.known_len and not parked.log.has_prefix(message.known_len, message.known_hash):
             return [*effects, Send(stream, NeedTokens())]
@@ -184,6 +190,12 @@ class SessionTable:
         self._parked.pop(key, None)
         state.session = CloudSession(key, message, log, cached_len, self._settings.session, now)
         return [*effects, *self._evict()]
+
+    def _check_ids(self, tokens: tuple[int, ...]) -> None:
+        """An id that the target has no row for would fail every session of its step."""
+        size = self._settings.vocabulary.size
+        if max(tokens, default=0) >= size:
+            raise RemoteProtocolError(f"token {max(tokens)} is outside of the vocabulary of {size}")
 
     def _refusal(self, message: Open) -> Failure | None:
         limits = self._settings

@@ -68,9 +68,9 @@ class EdgeSettings:
 
     link: LinkSettings = LinkSettings()
     patience_ms: float = 5_000.0
-    connect_timeout_ms: float = 1_000.0
+    connect_timeout_ms: float = 700.0
     backoff_initial_ms: float = 50.0
-    backoff_max_ms: float = 500.0
+    backoff_max_ms: float = 250.0
     on_disconnect: OnDisconnect = OnDisconnect.CONTINUE
     on_reconnect: OnReconnect = OnReconnect.CONTINUE
     offline: bool = False

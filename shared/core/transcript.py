@@ -27,7 +27,7 @@ class Transcript:
         """
         effects: list[Confirm | Retract | Emit] = []
         end = commit.start + len(commit.tokens)
-        if self.shown_len > start:
+        if min(self.shown_len, differs_at) > start:
             effects.append(Confirm(min(self.shown_len, differs_at)))
         if differs_at < min(self.shown_len, end):
             effects.append(Retract(differs_at))

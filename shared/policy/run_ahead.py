@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from shared.core.policies import DraftObservation
 
 _MIN_WORTH = 0.25
+_SAFETY_MS = 5.0  # land this long before the step: its duration and the round trip vary
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
 
 
 @dataclass(frozen=True, slots=True)
 class RunAhead:
-    """Draft on while the verifier works; send at most one message every `message_interval_ms`."""
+    """Draft on while the verifier works; send just in time for its next step, at most every `message_interval_ms`."""
 
     max_ahead_tokens: int = 48
     message_interval_ms: float = 42.0
@@ -29,8 +30,11 @@ class RunAhead:
         return max(0, min(room, chunk))
 
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
-        """In batches: every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends."""
-        return max(0.0, self.message_interval_ms - seen.since_sent_ms)
+        """Until the message would land just before the verifier's next step: sooner gains nothing.
+
+        Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so they keep an interval.
+        """
+        return max(0.0, self.message_interval_ms - seen.since_sent_ms, seen.until_step_ms - _SAFETY_MS)
 
     def _depth(self, acceptance: float) -> int:
         if acceptance >= 0.999:

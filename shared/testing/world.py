@@ -1,8 +1,8 @@
 """The simulator: edge sessions and a session table, driven through a bad network by one seed, in virtual time.
 
 It plays both drivers. Everything the real ones do with an effect is done here with the toy engines, and every message
-goes through `shared.wire` and back, so bytes are counted as they are on the real wire. `shared.testing.checks` says what
-must hold meanwhile.
+goes through `shared.wire` and back, so bytes are counted as they are on the real wire. `shared.testing.checks` says
+what must hold meanwhile.
 """
 
 import heapq
@@ -33,8 +33,8 @@ class World:
         self.random = Random(seed)
         self.edges: list[SimEdge] = []
         self.checks = Checks(model)
-        self.seed = seed
-        self.slow_until = 0.0
+        self._slow_until = 0.0
+        self._slow_ms = 0.0
         self.table: SessionTable
         self._target = target
         self._settings = settings
@@ -123,10 +123,10 @@ class World:
 
         self.at(self.now + busy_s, leave)
 
-    def slow_down(self, slow_s: float) -> None:
-        """Target steps take forty times as long."""
+    def slow_down(self, slow_s: float, slow_ms: float) -> None:
+        """Target steps take this much longer for a while."""
         self.checks.visits["fault:slow"] += 1
-        self.slow_until = self.now + slow_s
+        self._slow_until, self._slow_ms = self.now + slow_s, slow_ms
 
     def stall(self, edge: SimEdge, stall_s: float) -> None:
         """What is sent from now on is held for a while, then delivered."""
@@ -270,10 +270,9 @@ class World:
                 case fx.Release(session_id=key):
                     self._target.release(key)
         self._step()
-        self.checks.rests(self.table, self.now)
         wakes_at = self.table.wake_at()
         if wakes_at is not None:
-            self.at(wakes_at, partial(self._cloud_tick, self._boots))
+            self.at(max(wakes_at, self.now), partial(self._cloud_tick, self._boots))
 
     def _cloud_tick(self, boot: int) -> None:
         wakes_at = self.table.wake_at()
@@ -282,6 +281,7 @@ class World:
             if effects:
                 self.checks.visits["fault:silent_edge"] += 1
             self._cloud_enact(effects)
+            self.checks.rests(self.table, self.now)
 
     def _step(self) -> None:
         if self.table.is_stepping:
@@ -291,7 +291,7 @@ class World:
             return
         self.checks.planned(batch, self._settings.session)
         num_rows = sum(len(rows.tokens) for rows in batch)
-        took_ms = self._target.cost_ms(num_rows) * (40 if self.now < self.slow_until else 1)
+        took_ms = self._target.cost_ms(num_rows) + (self._slow_ms if self.now < self._slow_until else 0.0)
         boot = self._boots
         results = self._target.forward(batch)
 

@@ -355,8 +355,6 @@ def test_a_flood_during_a_forward_is_not_read_until_it_is_over() -> None:
         lab.target.gate.set()
         assert committed(await inbox.commits()) == target_stream(PROMPT, 4)
         await asyncio.wait_for(flood, WAIT_S)
-        lab.worker.lost(inbox.number)
-        await lab.stream().post(Heartbeat(0, 0))
 
     in_lab(test)
 

@@ -1,0 +1,32 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloud_verifier.engines import Target
+from cloud_verifier.engines.torch_engine import TorchTarget
+from edge_agent.config import load_edge_config
+from edge_agent.engines import LoadedDraft, load_draft
+from shared.runtimes.huggingface import load_causal_lm
+from tests.integration.pair import PlainTarget
+
+
+@pytest.fixture(scope="session")
+def target(default_model_path: Path) -> Target:
+    engine = TorchTarget.load(str(default_model_path), dtype="float32", threads=1, context_tokens=1024)
+    return Target(engine, engine.vocabulary, "SmolLM2", "float32", "torch")
+
+
+@pytest.fixture(scope="session")
+def plain_target(default_model_path: Path) -> PlainTarget:
+    torch.set_num_threads(1)
+    return PlainTarget(load_causal_lm(default_model_path, "float32"))
+
+
+@pytest.fixture(scope="session")
+def draft(default_model_path: Path) -> Iterator[LoadedDraft]:
+    config = load_edge_config(environ={}, overrides={"draft.context_tokens": 1024}).draft
+    loaded = load_draft(config, default_model_path)
+    yield loaded
+    loaded.engine.close()

@@ -1,0 +1,122 @@
+"""The real pair in one process: llama.cpp drafts, the torch target decides, gRPC between them."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cloud_verifier.config import load_cloud_config
+from cloud_verifier.engines import Target
+from cloud_verifier.serve import RunningVerifier, serving
+from edge_agent.__main__ import make_agent, make_request
+from edge_agent.config import EdgeConfig, load_edge_config
+from edge_agent.engines import LoadedDraft
+from shared.core.effects import Confirm, Emit, Finished, Provenance, Refused, Retract
+from shared.core.messages import Sampling
+from shared.core.selection import select
+from shared.runtimes.huggingface import CausalLM
+from shared.testing.engines import GarbageDraft
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Tell me a story about a lighthouse keeper who finds a message in a bottle.",
+    "Write a Python function that reverses a string.",
+    "List the planets of the solar system, nearest first.",
+    "Translate to French: the library opens at nine.",
+    "What should I check before a long bicycle tour?",
+)
+GREEDY = Sampling()
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=1234)
+
+
+@dataclass
+class Shown:
+    """What the user had in front of them at the end."""
+
+    tokens: list[int] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+    refused: Refused | None = None
+    finished: Finished | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    retracted: int = 0
+
+    def take(self, event: Emit | Confirm | Retract | Refused | Finished, prompt_len: int) -> None:
+        """Apply one event; a gap or an overlap fails at once."""
+        match event:
+            case Emit(start=start, tokens=tokens, provenance=provenance):
+                assert start == prompt_len + len(self.tokens), "lost or doubled tokens"
+                self.tokens += tokens
+                self.provenance += provenance
+            case Retract(length=length):
+                self.retracted += prompt_len + len(self.tokens) - length
+                del self.tokens[length - prompt_len :]
+                del self.provenance[length - prompt_len :]
+            case Refused():
+                self.refused = event
+            case Finished():
+                self.finished = event
+            case Confirm():
+                pass
+
+
+class PlainTarget:
+    """The oracle: transformers' own forward with its own cache, one token at a time, and the reference `select`."""
+
+    def __init__(self, causal_lm: CausalLM) -> None:
+        self._causal_lm = causal_lm
+
+    @torch.inference_mode()
+    def stream(self, prompt: tuple[int, ...], sampling: Sampling, n: int, stop_ids: frozenset[int]) -> list[int]:
+        """The target stream: up to `n` tokens after the prompt, the stop token included."""
+        tokens, fed, cache = list(prompt), 0, None
+        while len(tokens) < len(prompt) + n and not (len(tokens) > len(prompt) and tokens[-1] in stop_ids):
+            ids = torch.tensor([tokens[fed:]])
+            output = self._causal_lm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            fed, cache = len(tokens), output.past_key_values
+            logits: NDArray[np.float32] = output.logits[0, -1].float().numpy()
+            # Padded ids beyond the vocabulary can never be selected.
+            logits = logits[: self._causal_lm.vocabulary.fingerprint.size]
+            tokens.append(select(logits, sampling, len(tokens), tokens, len(prompt)))
+        return tokens[len(prompt) :]
+
+
+@contextlib.asynccontextmanager
+async def verifier(target: Target, **overrides: object) -> AsyncIterator[RunningVerifier]:
+    """A verifier on a free port; overrides are config keys with `__` for the dot."""
+    keys = {name.replace("__", "."): value for name, value in overrides.items()}
+    config = load_cloud_config(environ={}, overrides={"server.address": "127.0.0.1:0", **keys})
+    async with serving(config, target) as running:
+        yield running
+
+
+def edge_config(address: str, **overrides: object) -> EdgeConfig:
+    """The default edge with another address; overrides are config keys with `__` for the dot."""
+    keys = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_edge_config(environ={}, overrides={"verifier.address": address, **keys})
+
+
+async def answer(
+    config: EdgeConfig, loaded: LoadedDraft, prompt: str, sampling: Sampling, garbage: bool = False
+) -> Shown:
+    """One answer through the real driver and channel; the engine stays open."""
+    request = replace(make_request(config, loaded, prompt), sampling=sampling)
+    engine = GarbageDraft(loaded.engine) if garbage else loaded.engine
+    agent = make_agent(config, LoadedDraft(engine, loaded.model))
+    shown = Shown()
+    try:
+        async for event in agent.answer(request):
+            shown.take(event, len(request.prompt))
+        shown.report = agent.report()
+    finally:
+        await agent.close(keep_engine=True)
+    return shown
+
+
+def run(coroutine: Any, timeout_s: float = 120.0) -> Any:
+    """A coroutine to its end, or a failure instead of a hang."""
+    return asyncio.run(asyncio.wait_for(coroutine, timeout_s))

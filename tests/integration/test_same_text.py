@@ -1,0 +1,61 @@
+"""Promise 1 on the real pair: whatever the drafts, the timing and the verifier's mode, the text is the target's own."""
+
+from itertools import product
+
+import pytest
+
+from cloud_verifier.engines import Target
+from edge_agent.__main__ import make_request
+from edge_agent.engines import LoadedDraft
+from shared.core.effects import Provenance
+from shared.core.messages import Sampling
+from tests.integration.pair import GREEDY, PROMPTS, SAMPLED, PlainTarget, answer, edge_config, run, verifier
+
+pytestmark = pytest.mark.models
+MODES = tuple(product((True, False), ("off", "idle", "always"), (False, True)))  # run-ahead, self-decode, garbage
+
+
+async def check(
+    target: Target, plain: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling, n: int
+) -> None:
+    request = make_request(edge_config("127.0.0.1:1"), draft, prompt)
+    expected = plain.stream(request.prompt, sampling, n, request.stop_ids)
+    for run_ahead, self_decode, garbage in MODES:
+        async with verifier(target, speculation__self_decode=self_decode) as running:
+            config = edge_config(
+                running.address, generation__max_new_tokens=n, speculation__run_ahead=run_ahead, link__max_stall_ms=5000
+            )
+            shown = await answer(config, draft, prompt, sampling, garbage)
+        mode = f"run_ahead={run_ahead} self_decode={self_decode} garbage={garbage}"
+        assert Provenance.LOCAL not in shown.provenance, f"{mode}: the link was fine"
+        assert expected == shown.tokens, mode
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_text_is_the_targets_own_in_every_mode(
+    target: Target, plain_target: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling
+) -> None:
+    run(check(target, plain_target, draft, prompt, sampling, 20), timeout_s=280)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_long_text_is_the_targets_own_in_every_mode(
+    target: Target, plain_target: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling
+) -> None:
+    run(check(target, plain_target, draft, prompt, sampling, 64), timeout_s=1180)
+
+
+def test_drafts_are_accepted_on_the_real_pair(target: Target, draft: LoadedDraft) -> None:
+    async def main() -> None:
+        async with verifier(target) as running:
+            config = edge_config(running.address, generation__max_new_tokens=48)
+            shown = await answer(config, draft, PROMPTS[1], GREEDY)
+        assert shown.provenance.count(Provenance.ACCEPTED) >= 10
+        assert shown.report["num_accepted_tokens"] == shown.provenance.count(Provenance.ACCEPTED)
+
+    run(main())
