@@ -20,6 +20,7 @@ class DraftConfig(Section):
 
     engine: Literal["llama_cpp"]
     model: Annotated[str, Field(min_length=1)]
+    quantization: Literal["q8_0"] | None
     threads: Annotated[int, Field(ge=0, le=256)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]
 

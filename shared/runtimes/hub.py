@@ -1,6 +1,8 @@
 """From the name of a model in the configuration to files on this machine."""
 
+import hashlib
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,6 +33,18 @@ def resolve_model(name: str, what: str) -> Path:
             f"{what} {name!r}: no such file or folder, and not a hub name (org/repo or org/repo/file.gguf)"
         )
     return _from_hub(name, match["repo"], match["file"], what)
+
+
+def default_cache_dir() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME/outrider`, else `~/.cache/outrider`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
+
+
+def cached_copy(path: Path, cache_dir: Path, conversion: str) -> Path:
+    """Where `cache_dir` keeps this conversion of a file; a file of another size or time is another file."""
+    status = path.stat()
+    key = hashlib.sha256(f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{conversion}".encode()).hexdigest()[:16]
+    return cache_dir / f"{path.stem}-{key}"
 
 
 def _in_package(package: str, what: str) -> Path:

@@ -5,9 +5,7 @@ A GGUF file is converted once (float32, dequantized by transformers) and kept in
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.engine import EngineError
+from shared.runtimes.hub import cached_copy, default_cache_dir
 from shared.vocabulary import Vocabulary, token_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ SUPPORTED_ARCHITECTURES = ("gemma", "granite", "llama", "mistral", "olmo2", "phi
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 _VOCABULARY_FILE = "outrider_vocabulary.json"
-_CONVERSION = 1  # raise it when converted copies change
+_CONVERSION = "1"  # change it when converted copies change
 _UNUSED_TOKEN = 5  # GGUF token type, llama.cpp `LLAMA_TOKEN_TYPE_UNUSED`
 _GGUF_BYTE_LEVEL = {"gpt2": True, "llama": False, "t5": False}
 _GGUF_STOP_KEYS = ("eos", "eot", "eom")
@@ -45,11 +44,6 @@ class CausalLM:
     vocabulary: Vocabulary
     stop_ids: frozenset[int]
     max_context: int
-
-
-def default_cache_dir() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/outrider`, else `~/.cache/outrider`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
 def load_causal_lm(
@@ -78,9 +72,7 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Progress | None = None) 
     """
     if path.suffix != ".gguf" or not path.is_file():
         raise EngineError(f"{path}: not a model; give a GGUF file or a folder with config.json and safetensors")
-    status = path.stat()
-    key = hashlib.sha256(f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{_CONVERSION}".encode()).hexdigest()[:16]
-    folder = cache_dir / f"{path.stem}-{key}"
+    folder = cached_copy(path, cache_dir, _CONVERSION)
     if folder.is_dir():
         return folder
     report = progress or no_progress

@@ -64,6 +64,17 @@ def _check_is_gguf(path: Path) -> None:
         raise EngineError(f"model file {path} is not GGUF (it begins with {magic!r}); llama.cpp reads GGUF files only")
 
 
+def quantize(path: Path, to: str, destination: Path) -> None:
+    """Write the GGUF model at `path` once more with its weights as `to` (`q8_0`). Raises `EngineError`."""
+    library = _library()
+    _check_is_gguf(path)
+    params = library.llama_model_quantize_default_params()
+    params.ftype = {"q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0}[to]
+    params.allow_requantize = True
+    if library.llama_model_quantize(bytes(path), bytes(destination), ctypes.byref(params)):
+        raise EngineError(f"model file {path} cannot be quantized to {to}: {_complaint()}")
+
+
 class LlamaModel:
     """A GGUF file: weights, metadata and vocabulary. Close every context of it before it."""
 

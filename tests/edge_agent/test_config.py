@@ -54,7 +54,7 @@ def test_every_sampling_setting_reaches_the_wire() -> None:
         ({"sampling__top_p": 0}, "sampling.top_p: expected a number above 0 and up to 1, got 0"),
         ({"sampling__seed": -1}, "sampling.seed: expected a whole number from 0 to 18446744073709551615, got -1"),
         ({"link__on_disconnect": "wait"}, "link.on_disconnect: expected one of continue, pause, fail, got wait"),
-        ({"link__backoff_initial_ms": 900}, "link: backoff_initial_ms (900) is above backoff_max_ms (500)"),
+        ({"link__backoff_initial_ms": 900}, "link: backoff_initial_ms (900) is above backoff_max_ms (250)"),
         ({"link__heartbeat_ms": 700}, "link: heartbeat_ms (700) is above max_stall_ms (600); a quiet link would"),
         ({"verifier__address": "cloud"}, "verifier.address: expected host:port, [ipv6]:port or unix:path, got 'cloud'"),
         ({"verifier__tls__server_name": "a"}, "verifier.tls: TLS files or a server_name are set but TLS is off"),

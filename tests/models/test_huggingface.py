@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.engine import EngineError
-from shared.runtimes import huggingface
+from shared.runtimes import hub, huggingface
 from shared.runtimes.huggingface import convert_gguf, load_causal_lm, read_vocabulary, refusal
 from shared.vocabulary import Vocabulary
 
@@ -156,6 +156,6 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert huggingface.default_cache_dir() == Path("/somewhere/outrider")
+    assert hub.default_cache_dir() == Path("/somewhere/outrider")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert huggingface.default_cache_dir() == Path.home() / ".cache" / "outrider"
+    assert hub.default_cache_dir() == Path.home() / ".cache" / "outrider"

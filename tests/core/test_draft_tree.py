@@ -1,0 +1,147 @@
+import pytest
+
+from shared.core.draft_tree import DraftTree, Grafted, Judged
+from shared.core.messages import Draft
+from shared.core.tokens import TokenLog, next_hash
+
+
+def hash_after(log: TokenLog, *tokens: int) -> int:
+    prefix_hash = log.hash_at(len(log))
+    for token in tokens:
+        prefix_hash = next_hash(prefix_hash, token)
+    return prefix_hash
+
+
+def on_end(log: TokenLog, tokens: tuple[int, ...], confidence: bytes = b"") -> Draft:
+    return Draft(len(log), log.hash_at(len(log)), tokens, confidence)
+
+
+def after(log: TokenLog, path: tuple[int, ...], tokens: tuple[int, ...], confidence: bytes = b"") -> Draft:
+    """A draft that extends pending tokens."""
+    return Draft(len(log) + len(path), hash_after(log, *path), tokens, confidence)
+
+
+def pending(tree: DraftTree) -> list[tuple[int, int]]:
+    """(position, token), a parent before its children."""
+    return [(node.position, node.token) for node in tree.best(10**9)]
+
+
+@pytest.fixture
+def log() -> TokenLog:
+    return TokenLog((1, 2))
+
+
+@pytest.fixture
+def tree(log: TokenLog) -> DraftTree:
+    return DraftTree(log, limit=6)
+
+
+def test_draft_on_the_committed_end_is_pending(log: TokenLog, tree: DraftTree) -> None:
+    assert tree.graft(on_end(log, (5, 6))) == Grafted(added=2, stale=0, overflow=0)
+    assert pending(tree) == [(2, 5), (3, 6)]
+    assert repr(tree) == "<DraftTree 2 pending, depth 2>"
+
+
+def test_same_draft_twice_changes_nothing(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6)))
+    assert tree.graft(on_end(log, (5, 6))) == Grafted(0, 0, 0)
+    assert len(tree) == 2
+
+
+def test_draft_on_a_pending_token_extends_it(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6)))
+    assert tree.graft(after(log, (5,), (7, 8))) == Grafted(2, 0, 0)
+    assert pending(tree) == [(2, 5), (3, 6), (3, 7), (4, 8)]
+
+
+def test_draft_that_overlaps_the_committed_tokens_is_grafted_from_their_end(log: TokenLog, tree: DraftTree) -> None:
+    draft = Draft(1, log.hash_at(1), (2, 5, 6), bytes((9, 255, 51)))
+    assert tree.graft(draft) == Grafted(2, 0, 0)
+    assert [node.path_confidence for node in tree.best(9)] == [1.0, pytest.approx(0.2)]
+
+
+def test_draft_that_the_commit_overtook_is_no_loss(log: TokenLog, tree: DraftTree) -> None:
+    assert tree.graft(Draft(1, log.hash_at(1), (2,))) == Grafted(0, 0, 0)
+    assert tree.graft(Draft(0, log.hash_at(0), (1,))) == Grafted(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("draft", "stale"),
+    [
+        (Draft(2, 12345, (5, 6)), 2),  # another prefix
+        (Draft(5, 12345, (5,)), 1),  # beyond everything
+        (Draft(1, 12345, (2, 5)), 2),  # another prefix inside the committed tokens
+        (Draft(1, TokenLog((1,)).hash_at(1), (9, 5)), 2),  # contradicts a committed token
+        (Draft(0, 0, (1, 9, 5)), 2),  # right for one token only
+        (Draft(3, TokenLog((1, 2)).hash_at(2), (5,)), 1),  # the root's hash at another position
+        (Draft(1, TokenLog((1, 2)).hash_at(2), (5,)), 1),  # likewise
+    ],
+)
+def test_draft_on_a_prefix_that_does_not_stand_is_stale(tree: DraftTree, draft: Draft, stale: int) -> None:
+    assert tree.graft(draft) == Grafted(0, stale, 0)
+    assert len(tree) == 0
+
+
+def test_pending_hash_at_another_position_is_stale(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5,)))
+    assert tree.graft(Draft(4, hash_after(log, 5), (6,))) == Grafted(0, 1, 0)
+
+
+def test_tokens_over_the_limit_are_dropped_and_counted(log: TokenLog, tree: DraftTree) -> None:
+    assert tree.graft(on_end(log, tuple(range(10, 18)))) == Grafted(6, 0, 2)
+    assert tree.graft(on_end(log, (10, 11, 99))) == Grafted(0, 0, 1)
+    assert len(tree) == 6
+
+
+def test_commit_along_the_drafts_keeps_what_hangs_below(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+    tree.graft(on_end(log, (9,)))
+    log.extend((5, 6))
+    assert tree.advance((5, 6)) == Judged(matched=2, failed=False)
+    assert pending(tree) == [(4, 7)]
+    assert tree.graft(on_end(log, (7, 8))) == Grafted(1, 0, 0)
+
+
+def test_commit_off_the_drafts_prunes_them(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+    log.extend((5, 8))
+    assert tree.advance((5, 8)) == Judged(matched=1, failed=True)
+    assert repr(tree) == "<DraftTree 0 pending, depth 0>"
+    assert tree.graft(Draft(4, log.hash_at(4), (1,))) == Grafted(1, 0, 0)
+
+
+def test_commit_beyond_the_drafts_is_no_failure(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5,)))
+    log.extend((5, 6))
+    assert tree.advance((5, 6)) == Judged(matched=1, failed=False)
+    assert len(tree) == 0
+
+
+def test_draft_of_pruned_tokens_is_stale(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6)))
+    late = after(log, (5, 6), (7,))
+    log.extend((9,))
+    tree.advance((9,))
+    assert tree.graft(late) == Grafted(0, 1, 0)
+
+
+def test_most_confident_paths_come_first_and_parents_before_children(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6), bytes((204, 255))))
+    tree.graft(on_end(log, (9, 8), bytes((230, 51))))
+    assert pending(tree) == [(2, 9), (2, 5), (3, 6), (3, 8)]
+    assert [(node.position, node.token) for node in tree.best(2)] == [(2, 9), (2, 5)]
+
+
+def test_confidence_is_counted_from_the_new_root(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6), bytes((51, 102))))
+    log.extend((5,))
+    tree.advance((5,))
+    (node,) = tree.best(9)
+    assert node.path_confidence == pytest.approx(0.4)
+
+
+def test_accepted_token_without_confidence_does_not_divide_by_zero(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6), bytes((0, 255))))
+    log.extend((5,))
+    tree.advance((5,))
+    assert pending(tree) == [(3, 6)]
