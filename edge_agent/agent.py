@@ -7,9 +7,9 @@ session has one owner and needs no lock; engine operations run on one thread in 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
 
 import grpc
 import structlog
@@ -31,7 +31,7 @@ from shared.core.effects import (
     Send,
 )
 from shared.core.errors import RemoteProtocolError
-from shared.core.messages import CloudMessage, Commit, FailureCode
+from shared.core.messages import CloudMessage, Commit, FailureCode, Finish
 from shared.core.policies import DraftPolicy
 from shared.core.settings import EdgeSettings, Request
 from shared.engine import DraftEngine, EngineError, Proposal
@@ -39,7 +39,6 @@ from shared.vocabulary import Vocabulary, describe_mismatch
 
 log = structlog.get_logger(__name__)
 
-_T = TypeVar("_T")
 Event = Emit | Confirm | Retract | Refused | Finished
 _GOODBYE_S = 0.5  # for the Close to reach the verifier; it would notice without
 
@@ -47,7 +46,7 @@ _GOODBYE_S = 0.5  # for the Close to reach the verifier; it would notice without
 class EdgeAgent:
     """One draft engine and one way to the verifier; produces one answer at a time.
 
-    After `answer` has ended, `report` describes it.
+    The next answer ends one that is still running. After `answer` has ended, `report` describes it.
     """
 
     def __init__(
@@ -66,15 +65,22 @@ class EdgeAgent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="draft")
         self._run: _Run | None = None
 
-    async def answer(self, request: Request) -> AsyncIterator[Event]:
-        """What the user sees, as it comes; the last event is `Finished`."""
-        run = self._run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy)
+    async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
+        """What the user sees, as it comes; the last event is `Finished`. Raises what the engine raises.
+
+        While the cloud can go on alone, an `EngineError` is no more than logged.
+        """
+        run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy)
+        previous, self._run = self._run, run
         naming: asyncio.Task[str] | None = None
-        run.start()
         try:
+            if previous is not None:  # its streams have the same numbers: they go first
+                previous.give_up("another answer was asked for")
+                await self._channel.finish(_GOODBYE_S)
+            run.start()
             while True:
                 event = await run.events.get()
-                if isinstance(event, Exception):
+                if isinstance(event, BaseException):
                     raise event
                 if isinstance(event, Refused) and event.code == FailureCode.VOCABULARY_MISMATCH.name:
                     naming = asyncio.create_task(self._name_mismatch(event.detail))
@@ -88,7 +94,8 @@ class EdgeAgent:
             run.stop()
             if naming is not None:
                 naming.cancel()
-            await self._channel.finish(_GOODBYE_S)
+            if self._run is run:
+                await self._channel.finish(_GOODBYE_S)
 
     def report(self) -> dict[str, object]:
         """Statistics of the last answer, JSON-ready; empty before the first."""
@@ -96,10 +103,12 @@ class EdgeAgent:
 
     async def close(self, keep_engine: bool = False) -> None:
         """Free the connection, and the engine unless it is the caller's."""
+        if self._run is not None:
+            self._run.give_up("the agent was closed")
         await self._channel.close()
         if not keep_engine:
             await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.close)
-        self._worker.shutdown()
+        await asyncio.to_thread(self._worker.shutdown)
 
     async def _name_mismatch(self, detail: str) -> str:
         """The first differing ids, if the verifier still answers; its own words otherwise."""
@@ -124,7 +133,7 @@ class _Run:
         settings: EdgeSettings,
         policy: DraftPolicy,
     ) -> None:
-        self.events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._request = request
         self._engine = engine
         self._worker = worker
@@ -133,19 +142,28 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_reset = False  # the engine still holds the last answer's tokens
+        self._engine_error: EngineError | None = None
+        self._is_complete = False  # the verifier said that the text ends
         self._is_over = False
         self._statistics = Statistics(time.monotonic())
-        channel.traffic = Traffic()
 
     def start(self) -> None:
         """Begin the session."""
-        self._do(self._session.start)
+        if not self._is_over:
+            self._channel.traffic = Traffic()
+            self._do(self._session.start)
 
     def stop(self) -> None:
         """No more events: the caller has left or the answer is complete."""
         self._is_over = True
         if self._timer is not None:
             self._timer.cancel()
+
+    def give_up(self, why: str) -> None:
+        """End an answer that somebody may still wait for."""
+        if not self._is_over:
+            self.stop()
+            self.events.put_nowait(Finished(Finish.NONE, why))
 
     def report(self) -> dict[str, object]:
         """Statistics so far."""
@@ -160,6 +178,7 @@ class _Run:
         """See `channel.Listener`."""
         if isinstance(message, Commit):
             self._statistics.saw_commit(message)
+            self._is_complete = message.finish is not Finish.NONE
         try:
             self._do(lambda now: self._session.receive(stream, message, now))
         except RemoteProtocolError as error:
@@ -175,8 +194,14 @@ class _Run:
         """One input to the session, its effects, and the timer for the next."""
         if self._is_over:
             return
-        for effect in step(time.monotonic()):
-            self._enact(effect)
+        try:
+            for effect in step(time.monotonic()):
+                self._enact(effect)
+        except RemoteProtocolError:
+            raise
+        except Exception as error:  # noqa: BLE001 # a bug: whoever waits for the answer must hear of it, or waits for ever
+            self._fail(error)
+            return
         if self._timer is not None:
             self._timer.cancel()
         wake_at = self._session.wake_at()
@@ -194,40 +219,51 @@ class _Run:
             case Disconnect(stream=stream):
                 self._statistics.disconnects += 1
                 self._channel.disconnect(stream)
-            case Draft():
-                self._submit(lambda: self._draft(effect), self._drafted)
-            case Rollback(length=length):
-                self._submit(lambda: self._engine.rollback(length), lambda _: None)
-            case Emit():
-                self._statistics.saw_emit(effect, time.monotonic())
+            case Draft() | Rollback():
+                future = self._loop.run_in_executor(self._worker, self._operate, effect)
+                future.add_done_callback(partial(self._operated, effect))
+            case Emit() | Confirm() | Retract():
+                self._statistics.saw(effect, time.monotonic())
                 self.events.put_nowait(effect)
-            case Confirm() | Retract() | Refused() | Finished():
+            case Finished(finish=Finish.LENGTH) if self._engine_error is not None and self._is_cut_short:
+                self._fail(self._engine_error)
+            case Refused() | Finished():
                 self.events.put_nowait(effect)
 
+    @property
+    def _is_cut_short(self) -> bool:
+        """Whether the text ends neither by its own rules nor by the verifier's word: there is nothing to go on with."""
+        return not self._is_complete and self._request.ending(self._session.path.log) is Finish.NONE
+
+    def _operate(self, effect: Draft | Rollback) -> Proposal:
+        """On the engine's thread. An engine that failed is left alone: nobody knows what its cache holds."""
+        if self._engine_error is None:
+            try:
+                if isinstance(effect, Draft):
+                    return self._draft(effect)
+                self._engine.rollback(effect.length)
+            except EngineError as error:
+                self._engine_error = error
+                log.error("the draft engine failed; only the cloud goes on", error=str(error))  # noqa: TRY400 # said
+        return Proposal((), ())
+
     def _draft(self, effect: Draft) -> Proposal:
-        """On the engine's thread."""
         if self._is_reset:
             self._engine.extend(effect.feed)
         else:  # the first draft feeds the whole prompt; what it shares with the last answer stays in the cache
             self._engine.reset(effect.feed, self._request.sampling, len(self._request.prompt))
             self._is_reset = True
-        try:
-            return self._engine.propose(effect.n)
-        except EngineError as error:
-            log.error("the draft engine failed; going on with the cloud alone", error=str(error))  # noqa: TRY400 - said
-            return Proposal((), ())
+        return self._engine.propose(effect.n)
 
-    def _drafted(self, proposal: Proposal) -> None:
-        self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
+    def _operated(self, effect: Draft | Rollback, future: "asyncio.Future[Proposal]") -> None:
+        if error := future.exception():
+            self._fail(error)
+        elif isinstance(effect, Draft):
+            proposal = future.result()
+            self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
 
-    def _submit(self, work: Callable[[], _T], then: Callable[[_T], None]) -> None:
-        """Run engine work in order on its thread and go on with the result here; a failure ends the answer."""
-
-        def land(future: asyncio.Future[_T]) -> None:
-            error = future.exception()
-            if error is None:
-                then(future.result())
-            elif isinstance(error, Exception):
-                self.events.put_nowait(error)
-
-        self._loop.run_in_executor(self._worker, work).add_done_callback(land)
+    def _fail(self, error: BaseException) -> None:
+        """End the answer by raising to its caller."""
+        if not self._is_over:
+            self.stop()
+            self.events.put_nowait(error)

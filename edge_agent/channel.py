@@ -7,15 +7,17 @@ Everything that happens to a stream is reported to the listener, on the event lo
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
-from pathlib import Path
+import ssl
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from edge_agent.config import VerifierConfig
+from edge_agent.config import EdgeTlsConfig, VerifierConfig
 from shared import wire
+from shared.config import ConfigError
 from shared.core.errors import RemoteProtocolError
 from shared.core.messages import CloudMessage, EdgeMessage, Failure, FailureCode, Open
 from shared.pb import speculation_pb2 as pb
@@ -32,6 +34,7 @@ _FAILURES = {
     grpc.StatusCode.UNIMPLEMENTED: FailureCode.INVALID_REQUEST,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FailureCode.RESOURCE_EXHAUSTED,
 }
+_BROKEN = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
 
 class Listener(Protocol):
@@ -67,16 +70,20 @@ _Outbox = asyncio.Queue[pb.EdgeMessage | None]
 @dataclass(slots=True)
 class _Stream:
     task: asyncio.Task[None]
-    outbox: _Outbox = field(default_factory=asyncio.Queue)
+    outbox: _Outbox
 
 
 class Channel:
     """Numbered streams to one verifier, for one listener at a time."""
 
     def __init__(self, config: VerifierConfig, token: str | None) -> None:
-        """Nothing is dialled yet. `token` is the bearer token, if the verifier asks for one."""
+        """Nothing is dialled yet. `token` is the bearer token, if the verifier asks for one.
+
+        Raises `ConfigError` for TLS files that are none.
+        """
         self.traffic = Traffic()
         self._config = config
+        self._credentials = _credentials(config.tls)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channel: grpc.aio.Channel | None = None
         self._streams: dict[int, _Stream] = {}
@@ -90,12 +97,14 @@ class Channel:
                 return
             if error := task.exception():
                 log.error("stream failed", stream=stream, exc_info=error)
-            self._streams.pop(stream, None)
+            if self._streams.get(stream) is state:  # the next answer's streams have the same numbers
+                del self._streams[stream]
             listener.disconnected(stream)
 
-        task = asyncio.create_task(self._run(stream, fresh, listener))
+        outbox: _Outbox = asyncio.Queue()
+        task = asyncio.create_task(self._run(stream, fresh, outbox, listener))
+        state = self._streams[stream] = _Stream(task, outbox)
         task.add_done_callback(ended)
-        self._streams[stream] = _Stream(task)
 
     def send(self, stream: int, message: EdgeMessage) -> None:
         """Queue a message; a stream that is gone drops it."""
@@ -144,8 +153,7 @@ class Channel:
         reply = await stub.Describe(request, metadata=self._metadata, timeout=_DESCRIBE_TIMEOUT_S)
         return wire.description_from_wire(reply)
 
-    async def _run(self, stream: int, fresh: bool, listener: Listener) -> None:
-        outbox = self._streams[stream].outbox
+    async def _run(self, stream: int, fresh: bool, outbox: _Outbox, listener: Listener) -> None:
         call = writing = None
         try:
             channel = await self._ready(fresh)
@@ -160,9 +168,11 @@ class Channel:
             code = _FAILURES.get(error.code())
             log.info("stream ended", stream=stream, code=error.code().name, detail=error.details())
             if code is not None:
-                listener.received(stream, Failure(code, error.details() or code.name.lower()))
-        except (ConnectionError, RemoteProtocolError) as error:
+                listener.received(stream, Failure(code, self._explain(error)))
+        except ConnectionError as error:
             log.info("stream ended", stream=stream, detail=str(error))
+        except (DecodeError, RemoteProtocolError) as error:
+            log.warning("the verifier broke the protocol", stream=stream, error=str(error))
         finally:
             if call is not None and writing is not None:
                 writing.cancel()
@@ -170,7 +180,7 @@ class Channel:
 
     async def _ready(self, fresh: bool) -> grpc.aio.Channel:
         """The connection, dialled if need be. Raises `ConnectionError` as soon as an attempt fails."""
-        if self._channel is None or fresh:
+        if self._channel is None or fresh or self._channel.get_state() in _BROKEN:
             stale, self._channel = self._channel, self._dial()
             if stale is not None:
                 closing = asyncio.create_task(stale.close())
@@ -179,23 +189,25 @@ class Channel:
         channel = self._channel
         state = channel.get_state(try_to_connect=True)
         while state is not grpc.ChannelConnectivity.READY:
-            if state in (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN):
+            if state in _BROKEN:
                 raise ConnectionError(f"cannot connect to {self._config.address}")
             await channel.wait_for_state_change(state)
             state = channel.get_state(try_to_connect=True)
         return channel
 
     def _dial(self) -> grpc.aio.Channel:
-        tls = self._config.tls
-        if not tls.enabled:
+        if self._credentials is None:
             return grpc.aio.insecure_channel(self._config.address, options=CLIENT_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(
-            root_certificates=_read(tls.ca_file),
-            private_key=_read(tls.key_file),
-            certificate_chain=_read(tls.cert_file),
-        )
-        name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
-        return grpc.aio.secure_channel(self._config.address, credentials, options=[*CLIENT_OPTIONS, *name])
+        server_name = self._config.tls.server_name
+        name = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+        return grpc.aio.secure_channel(self._config.address, self._credentials, options=[*CLIENT_OPTIONS, *name])
+
+    def _explain(self, error: grpc.aio.AioRpcError) -> str:
+        """A refusal in one line for the user."""
+        detail = " ".join((error.details() or error.code().name.lower()).split())
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return f"{self._config.address} is no verifier that this version can talk to ({detail})"
+        return detail
 
 
 async def _write(call: "grpc.aio.StreamStreamCall[pb.EdgeMessage, pb.CloudMessage]", outbox: _Outbox) -> None:
@@ -210,5 +222,20 @@ def _stub(channel: grpc.aio.Channel) -> VerifierStub:
     return VerifierStub(channel)  # type: ignore[no-untyped-call] # generated code has no types
 
 
-def _read(path: Path | None) -> bytes | None:
-    return None if path is None else path.read_bytes()
+def _credentials(tls: EdgeTlsConfig) -> grpc.ChannelCredentials | None:
+    """What the configuration's files hold; None without TLS. Raises `ConfigError`."""
+    if not tls.enabled:
+        return None
+    files = tls.ca_file, tls.key_file, tls.cert_file
+    try:
+        # gRPC would only ever say that it cannot connect.
+        context = ssl.create_default_context(cafile=tls.ca_file)
+        if tls.cert_file is not None:
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+        ca, key, cert = (None if file is None else file.read_bytes() for file in files)
+    except OSError as error:
+        # OpenSSL's own words ("PEM lib") help nobody.
+        is_openssl = isinstance(error, ssl.SSLError)
+        reason = "not PEM files, or not a certificate and its own key without a password" if is_openssl else error
+        raise ConfigError(f"verifier.tls: {', '.join(str(file) for file in files if file)}: {reason}") from error
+    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)

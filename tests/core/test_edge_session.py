@@ -110,7 +110,7 @@ def test_connection_opens_the_session_and_sends_the_drafts_at_hand() -> None:
     prompt_hash = session.path.log.hash_at(2)
     assert session.connected(1, 0.2) == [
         Send(1, Open("s", (1, 2), 2, 20, TOY_VOCABULARY, stop_ids=frozenset((0,)))),
-        Send(1, Heartbeat(1, 2)),
+        Send(1, Heartbeat(1, 2, draft_ms=50.0)),
         Send(1, DraftMessage(2, prompt_hash, (5, 6), b"\xff\xff")),
     ]
     assert session.phase is Phase.OPENING
