@@ -82,20 +82,20 @@ async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -
     request = make_request(config, loaded, prompt)
     agent = make_agent(config, loaded, offline=local)
     display = JsonLines(loaded.model) if as_json else Screen(loaded.model)
-    code = 0
+    complaints: list[str] = []
     try:
         async for event in agent.answer(request):
             if isinstance(event, Refused):
-                code = EXIT_REFUSED
-                _complain(f"the verifier refused: {event.detail}; the answer is local and unverified")
-            elif isinstance(event, Finished) and event.error:
-                code = code or EXIT_REFUSED
-                _complain(event.error)
+                complaints.append(f"the verifier refused: {event.detail}; what followed is local and unverified")
+            elif isinstance(event, Finished) and event.error and not complaints:
+                complaints.append(event.error)
             display.show(event)
         display.finish(agent.report())
     finally:
         await agent.close()
-    return code
+        for complaint in complaints:  # not before: it would stand in the middle of a line of text
+            _complain(complaint)
+    return EXIT_REFUSED if complaints else 0
 
 
 def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Request:

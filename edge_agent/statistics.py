@@ -1,10 +1,9 @@
 """What one answer was like, measured where the user sits. Monotonic clock; durations in ms."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from edge_agent.channel import Traffic
-from shared.core.effects import Emit, Provenance
+from shared.core.effects import Confirm, Emit, Provenance, Retract
 from shared.core.messages import Commit
 
 
@@ -13,12 +12,14 @@ class Statistics:
     """Filled while an answer runs. Per-request speculation counters have vLLM's names.
 
     `num_drafts` counts target steps that evaluated draft tokens, `num_draft_tokens` those tokens,
-    `num_accepted_tokens` the ones that the target agreed with.
+    `num_accepted_tokens` the ones that the target agreed with. What was retracted counts as retracted and nowhere else.
     """
 
     begun_at: float
     shown_at: list[float] = field(default_factory=list)
-    provenance: Counter[Provenance] = field(default_factory=Counter)
+    provenance: list[Provenance] = field(default_factory=list)
+    start: int = 0  # position of the first shown token
+    retracted_tokens: int = 0
     num_steps: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -34,10 +35,21 @@ class Statistics:
         self.num_accepted_tokens += commit.num_accepted
         self.verify_ms += commit.verify_ms
 
-    def saw_emit(self, emit: Emit, now: float) -> None:
-        """Count shown tokens."""
-        self.shown_at += [now] * len(emit.tokens)
-        self.provenance.update(emit.provenance)
+    def saw(self, event: Emit | Confirm | Retract, now: float) -> None:
+        """Tokens were shown, verified after all or taken back."""
+        match event:
+            case Emit(start=start, tokens=tokens, provenance=provenance):
+                self.start = self.start if self.shown_at else start
+                self.shown_at += [now] * len(tokens)
+                self.provenance += provenance
+            case Confirm(length=length):
+                confirmed = self.provenance[: length - self.start]
+                accepted = [Provenance.ACCEPTED if source is Provenance.LOCAL else source for source in confirmed]
+                self.provenance[: len(accepted)] = accepted
+            case Retract(length=length):
+                self.retracted_tokens += self.start + len(self.shown_at) - length
+                del self.shown_at[length - self.start :]
+                del self.provenance[length - self.start :]
 
     @property
     def ttft_ms(self) -> float:
@@ -61,15 +73,17 @@ class Statistics:
         """One JSON-ready object; rates are null where nothing was counted."""
         tokens = len(self.shown_at)
         steps, drafted = self.num_steps, self.num_draft_tokens
-        committed = tokens - self.provenance[Provenance.LOCAL]
+        accepted, cloud, local = (self.provenance.count(source) for source in Provenance)
+        committed = accepted + cloud
         return {
             "tokens": tokens,
             "ttft_ms": round(self.ttft_ms, 2),
             "tpot_ms": round(self.tpot_ms, 3),
             "max_itl_ms": round(self.max_itl_ms, 2),
-            "accepted_tokens": self.provenance[Provenance.ACCEPTED],
-            "cloud_tokens": self.provenance[Provenance.CLOUD],
-            "local_tokens": self.provenance[Provenance.LOCAL],
+            "accepted_tokens": accepted,
+            "cloud_tokens": cloud,
+            "local_tokens": local,
+            "retracted_tokens": self.retracted_tokens,
             "num_steps": steps,
             "num_drafts": self.num_drafts,
             "num_draft_tokens": drafted,

@@ -25,7 +25,7 @@ class LinkSettings:
 
     max_stall_ms: float = 600.0
     heartbeat_ms: float = 200.0
-    min_stall_ms: float = 60.0  # never call a shorter silence a stall: schedulers and kernels hiccup too
+    min_stall_ms: float = 150.0  # slack on top of the round trip: schedulers, radios and kernels hiccup too
 
 
 class Link:

@@ -23,7 +23,13 @@ async def check(
     for run_ahead, self_decode, garbage in MODES:
         async with verifier(target, speculation__self_decode=self_decode) as running:
             config = edge_config(
-                running.address, generation__max_new_tokens=n, speculation__run_ahead=run_ahead, link__max_stall_ms=5000
+                running.address,
+                generation__max_new_tokens=n,
+                speculation__run_ahead=run_ahead,
+                # A busy test machine must not look like a stalled link.
+                link__max_stall_ms=20_000,
+                link__heartbeat_ms=10_000,
+                link__patience_ms=60_000,
             )
             shown = await answer(config, draft, prompt, sampling, garbage)
         mode = f"run_ahead={run_ahead} self_decode={self_decode} garbage={garbage}"
