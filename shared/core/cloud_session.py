@@ -91,6 +91,11 @@ class CloudSession:
         return self._step is not None
 
     @property
+    def pending_tokens(self) -> int:
+        """Draft tokens that wait to be verified."""
+        return len(self._tree)
+
+    @property
     def _is_ready(self) -> bool:
         has_window = len(self.log) - self._acked_len < self._settings.window_tokens
         return has_window and self.finish is Finish.NONE and not self.is_stepping
@@ -105,7 +110,7 @@ class CloudSession:
     def drafted(self, draft: Draft, now: float) -> Grafted:
         """Pending drafts arrived; a session that asked for a plain stream has no use for them."""
         if not len(self._tree):
-            self._ready_at = max(self._ready_at, now)
+            self._ready_at = now
         self._is_starved = False
         if self.opened.want is Want.STREAM or self.finish is not Finish.NONE:
             grafted = Grafted(0, len(draft.tokens), 0)

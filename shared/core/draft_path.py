@@ -49,15 +49,15 @@ class DraftPath:
         """Whether the draft engine is free and has room."""
         return self.in_flight is None and not self.is_exhausted
 
-    def observe(self, settled_len: int, is_up: bool, link: Link, max_ahead: int, now: float) -> DraftObservation:
-        """What the policy decides on; the own path begins at `settled_len`, and nothing can be sent unless `is_up`."""
+    def observe(self, settled_len: int, held_len: int, link: Link, max_ahead: int, now: float) -> DraftObservation:
+        """What the policy decides on; the own path begins at `settled_len`, the verifier will hold up to `held_len`."""
         return DraftObservation(
             acceptance=self.acceptance.rate,
             draft_ms=self.draft_ms,
             rtt_ms=link.rtt_ms,
             until_step_ms=link.until_step_ms(now),
             ahead_tokens=len(self.log) - settled_len,
-            unsent_tokens=len(self.log) - self.sent_len if is_up else 0,
+            unsent_tokens=max(0, min(len(self.log), held_len) - self.sent_len),
             max_ahead=max_ahead,
             since_sent_ms=(now - self._sent_at) * 1000,
         )
@@ -107,11 +107,12 @@ class DraftPath:
         self.sent_len = max(self.sent_len, start + len(tokens))
         return matched, effects
 
-    def send(self, now: float) -> DraftMessage:
-        """The tokens not sent yet, as a draft; counts them as sent."""
-        start, self.sent_len, self._sent_at = self.sent_len, len(self.log), now
-        confidence = bytes(self._confidence[start:])
-        return DraftMessage(start, self.log.hash_at(start), self.log.tokens(start), confidence)
+    def send(self, held_len: int, now: float) -> DraftMessage:
+        """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent."""
+        start, end = self.sent_len, min(len(self.log), held_len)
+        self.sent_len, self._sent_at = end, now
+        confidence = bytes(self._confidence[start:end])
+        return DraftMessage(start, self.log.hash_at(start), self.log.tokens(start, end), confidence)
 
     def _append(self, tokens: Sequence[int], confidence: bytes) -> None:
         self.log.extend(tokens)

@@ -67,7 +67,7 @@ class DraftTree:
         if committed:
             stands = self._log.has_prefix(draft.start, draft.parent_hash)
             common = self._log.match(draft.start, tokens) if stands else 0
-            if common < min(committed, len(tokens)) or not stands:
+            if common < min(committed, len(tokens)):
                 return Grafted(0, len(tokens) - common, 0)
             parent: Node | None = self._root
         elif draft.parent_hash == self._root.prefix_hash:

@@ -26,9 +26,8 @@ old number and is dropped.
 
 On return the session opens again with its tokens. `continue`: what was shown stands and the cloud goes on from there.
 Showing pauses for at most max_stall_ms, because a token shown now could differ from the commit on its way; if the pause
-expires first, local tokens are shown after all, and the late commit is answered by opening once more (the verifier's
-cache is warm by then). `revise`: the session opens at committed_len and the local tail is sent as a draft; what is
-accepted becomes verified, the rest is retracted.
+expires first, local tokens are shown after all, and the late commit is answered by opening once more (on a warm cache).
+`revise`: it opens at committed_len and sends the local tail as drafts; what is not accepted is retracted.
 
 Each input returns effects to carry out in order; `wake_at` says when to call `tick`. Times are monotonic seconds.
 """
@@ -94,20 +93,20 @@ class EdgeSession:
 
     def connected(self, stream: int, now: float) -> list[EdgeEffect]:
         """The stream is up: open the session on it."""
-        if self.phase is Phase.DONE or not self._dialler.answered(stream):
+        if not self._dialler.answered(stream):
             return []
         was_local, revise = self.phase is Phase.LOCAL, self._settings.on_reconnect is OnReconnect.REVISE
-        self.phase, self._hold_until = Phase.OPENING, None
+        self.phase = Phase.OPENING
         self.link.opened(now)
         self._patience_until = now + self._settings.patience_ms / 1000
-        if not (was_local and revise):
-            self._hold_until = now + self._settings.link.max_stall_ms / 1000 if was_local else self._patience_until
+        hold_ms = self._settings.link.max_stall_ms if was_local else self._settings.patience_ms
+        self._hold_until = None if was_local and revise else now + hold_ms / 1000
         return [self._open(self.committed_len if revise else self._transcript.shown_len), *self._advance(now)]
 
     def disconnected(self, stream: int, now: float) -> list[EdgeEffect]:
         """The stream ended or could not be had."""
-        is_current = stream == self._dialler.stream and self.phase is not Phase.DONE
-        return self._go_local(now, "the verifier cannot be reached") if is_current else []
+        is_news = stream == self._dialler.stream and self.phase is not Phase.DONE
+        return self._go_local(now, "the verifier cannot be reached") if is_news else []
 
     def receive(self, stream: int, message: CloudMessage, now: float) -> list[EdgeEffect]:
         """A message arrived. Raises `RemoteProtocolError`; the driver then reports the stream as disconnected."""
@@ -116,17 +115,16 @@ class EdgeSession:
         self.link.heard(message, now)
         effects: list[EdgeEffect] = []
         match message:
-            case Heartbeat():
-                pass
-            case NeedTokens():
-                if self.phase is Phase.OPENING and self._known_len:
-                    self._known_len = 0
-                    effects.append(self._open(self._opened_len))
+            case NeedTokens() if self.phase is Phase.OPENING and self._known_len:
+                self._known_len = 0
+                effects.append(self._open(self._opened_len))
             case Commit():
                 effects += self._commit(message, now)
             case Failure(code=code, detail=detail, retry_after_ms=retry_after_ms):
                 refused: list[EdgeEffect] = [Refused(code.name, detail)] if code.is_final else []
                 return refused + self._go_local(now, detail, retry_after_ms, code.is_final)
+            case _:  # a Heartbeat, which the link heard, or a repeated NeedTokens
+                pass
         return effects + self._advance(now)
 
     def drafted(self, tokens: tuple[int, ...], confidence: tuple[float, ...], now: float) -> list[EdgeEffect]:
@@ -183,16 +181,17 @@ class EdgeSession:
                 # Local tokens were shown beyond what this stream was opened with: open once more, from there.
                 self.phase = Phase.LOCAL
                 return [Disconnect(self._dialler.stream), self._dialler.dial(now, self.link.rtt_ms, fresh=False)]
-            self.phase, self._hold_until, self.committed_len = Phase.LINKED, None, self._opened_len
+            self.phase, self.committed_len = Phase.LINKED, self._opened_len
         start, log = self.committed_len, self.path.log
         repeated = min(start - commit.start, len(commit.tokens))
         if repeated < 0 or log.match(commit.start, commit.tokens[:repeated]) < repeated:
             raise RemoteProtocolError(f"commit at {commit.start} does not follow the {start} committed tokens")
         tokens = commit.tokens[repeated:]
+        self._max_ahead = commit.max_ahead or self._max_ahead
+        self.path.sent_len = min(self.path.sent_len, start + self._max_ahead)  # the verifier dropped what is beyond
         matched, rollbacks = self.path.lay(start, tokens)
         self.committed_len = self._known_len = start + len(tokens)
         self._patience_until = now + self._settings.patience_ms / 1000
-        self._max_ahead = commit.max_ahead or self._max_ahead
         self._dialler.progressed()
         shown = self._transcript.show_committed(log, commit, start, start + matched)
         finished = self._finish(commit.finish) if commit.finish is not Finish.NONE else []
@@ -236,7 +235,8 @@ class EdgeSession:
     def _run_ahead(self, now: float) -> list[EdgeEffect]:
         """Send what is due and draft further."""
         path, settled_len = self.path, max(self.committed_len, self._transcript.shown_len)
-        seen = path.observe(settled_len, self._is_up, self.link, self._max_ahead, now)
+        held_len = max(self.committed_len, self._opened_len) + self._max_ahead if self._is_up else 0
+        seen = path.observe(settled_len, held_len, self.link, self._max_ahead, now)
         drafts: list[EdgeEffect] = []
         if path.can_draft and self._request.ending(path.log) is Finish.NONE:
             n = 1 if self._shows_local else min(self._policy.draft_tokens(seen), self._request.limit - len(path))
@@ -244,6 +244,6 @@ class EdgeSession:
         if seen.unsent_tokens:
             wait_ms = self._policy.send_in_ms(seen, path.in_flight is not None)
             if wait_ms < _CLOCK_GRAIN_MS:
-                return [Send(self._dialler.stream, path.send(now)), *drafts]
+                return [Send(self._dialler.stream, path.send(held_len, now)), *drafts]
             self._send_at = now + wait_ms / 1000
         return drafts

@@ -53,7 +53,7 @@ class SessionTable:
         self._streams: dict[int, _Stream] = {}
         self._parked: dict[str, _Parked] = {}  # oldest first
         self._planned: list[CloudSession] = []
-        self._inbox: deque[tuple[int, EdgeMessage | None]] = deque()  # None: the stream was lost
+        self._inbox: deque[tuple[int, Open | Draft | Close | None]] = deque()  # None: the stream was lost
 
     def __repr__(self) -> str:
         live = ", ".join(repr(session) for session in self.sessions)
@@ -101,8 +101,7 @@ class SessionTable:
         if self.is_stepping:
             raise LocalProtocolError("planned a step while one is in flight")
         live = self.sessions
-        rows = self._plan(live, len(live) == 1, now)
-        return rows or self._plan(live, True, now)
+        return self._plan(live, False, now) or self._plan(live, True, now)
 
     def stepped(self, results: Sequence[tuple[int, ...]], verify_ms: float, now: float) -> list[CloudEffect]:
         """Selected tokens of the planned rows, in order: commit them, then take what arrived in the meantime."""
@@ -154,21 +153,21 @@ class SessionTable:
         committed_len = len(state.session.log) if state.session else 0
         return Send(stream, Heartbeat(heartbeat.nonce, committed_len))
 
-    def _handle(self, stream: int, state: _Stream, message: EdgeMessage, now: float) -> list[CloudEffect]:
+    def _handle(self, stream: int, state: _Stream, message: Open | Draft | Close, now: float) -> list[CloudEffect]:
         match message:
             case Open():
                 if state.session is not None:
                     raise RemoteProtocolError("Open on a stream whose session is open")
                 return self._open(stream, state, message, now)
             case Draft():
-                self._check_ids(message.tokens)
+                failure = self._strange_id(message.tokens)
+                if failure is not None:
+                    return self._fail(stream, failure)
                 if state.session is not None:  # else it hangs on an Open that was answered by NeedTokens: stale
                     state.session.drafted(message, now)
                 return []
-            case Close():
+            case _:  # Close
                 return [*self._drop(stream), EndStream(stream)]
-            case Heartbeat():
-                raise LocalProtocolError("heartbeats are echoed in receive")
 
     def _open(self, stream: int, state: _Stream, message: Open, now: float) -> list[CloudEffect]:
         key = f"{state.identity}/{message.session_id}"
@@ -176,7 +175,6 @@ class SessionTable:
         failure = self._refusal(message)
         if failure is not None:
             return [*effects, *self._fail(stream, failure)]
-        self._check_ids(message.tokens)
         parked = self._parked.get(key, _Parked(TokenLog(), 0))
         if message.known_len and not parked.log.has_prefix(message.known_len, message.known_hash):
             return [*effects, Send(stream, NeedTokens())]
@@ -191,11 +189,12 @@ class SessionTable:
         state.session = CloudSession(key, message, log, cached_len, self._settings.session, now)
         return [*effects, *self._evict()]
 
-    def _check_ids(self, tokens: tuple[int, ...]) -> None:
+    def _strange_id(self, tokens: tuple[int, ...]) -> Failure | None:
         """An id that the target has no row for would fail every session of its step."""
         size = self._settings.vocabulary.size
-        if max(tokens, default=0) >= size:
-            raise RemoteProtocolError(f"token {max(tokens)} is outside of the vocabulary of {size}")
+        if max(tokens, default=0) < size:
+            return None
+        return Failure(FailureCode.PROTOCOL, f"token {max(tokens)} is outside of the vocabulary of {size}")
 
     def _refusal(self, message: Open) -> Failure | None:
         limits = self._settings
@@ -211,7 +210,7 @@ class SessionTable:
         if len(self.sessions) >= limits.max_sessions:
             detail = f"all {limits.max_sessions} sessions are in use"
             return Failure(FailureCode.RESOURCE_EXHAUSTED, detail, limits.retry_after_ms)
-        return None
+        return self._strange_id(message.tokens)
 
     def _take_over(self, key: str) -> list[CloudEffect]:
         for number, state in list(self._streams.items()):

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.core import effects as fx
+from shared.core.cloud_session import CloudSession
 from shared.core.edge_session import EdgeSession
-from shared.core.messages import EdgeMessage, Finish, Open
+from shared.core.messages import Commit, Draft, EdgeMessage, Finish, Open
 from shared.core.policies import DraftPolicy
 from shared.core.session_table import SessionTable
-from shared.core.settings import CloudSettings, OnDisconnect, Request
+from shared.core.settings import CloudSettings, EdgeSettings, Request
 from shared.core.tokens import TokenLog
 from shared.policy.run_ahead import RunAhead
 from shared.testing.engines import ToyDraft, ToyModel, ToyTarget
@@ -39,10 +40,11 @@ class SimEdge:
     session: EdgeSession
     request: Request
     policy: DraftPolicy
-    on_disconnect: OnDisconnect
+    settings: EdgeSettings
     engine: ToyDraft
     link: LinkModel
     draft_ms: float
+    is_branching: bool  # some drafts come with a wrong sibling before them, so that the verifier sees trees
     user: SimUser
     queue: deque[fx.Draft | fx.Rollback] = field(default_factory=deque)
     is_drafting: bool = False
@@ -92,6 +94,7 @@ class Checks:
             self.violated(edge, now, f"{confirm} of {len(edge.user.log)} shown, {edge.user.verified_len} verified")
         for length in range(edge.user.verified_len, confirm.length):
             self._verify(edge, length + 1, now)
+        edge.user.gap_since = now  # news of a kind: a plain stream catches up token by token
 
     def retracted(self, edge: SimEdge, retract: fx.Retract, now: float) -> None:
         """Tokens were taken back: only unverified ones may be."""
@@ -150,6 +153,20 @@ class Checks:
         log, engine_log = edge.session.path.log, edge.engine.log
         if not log.has_prefix(len(engine_log), engine_log.hash_at(len(engine_log))):
             self.violated(edge, now, f"the draft engine left the path: {engine_log!r} against {log!r}")
+
+    def drafted(self, session: CloudSession, draft: Draft, grown: int, now: float) -> None:
+        """Draft tokens became pending: only on a prefix that stands."""
+        log = session.log
+        if grown and draft.start <= len(log) and not log.has_prefix(draft.start, draft.parent_hash):
+            self.violations.append(f"verifier at {now:.3f} s: {draft} grafted on another prefix of {session!r}")
+
+    def committed(self, edge: SimEdge, commit: Commit, now: float) -> None:
+        """A step commits what it accepted and the token after it, unless an accepted one ended the text."""
+        is_drafted_end = commit.finish is Finish.STOP and len(commit.tokens) == commit.num_accepted
+        if len(commit.tokens) != commit.num_accepted + 1 and not is_drafted_end:
+            self.violated(edge, now, f"{commit} has no next_token")
+        if commit.num_accepted > commit.num_drafted:
+            self.violated(edge, now, f"{commit} accepts more than was drafted")
 
     def planned(self, batch: Sequence[fx.Rows], settings: CloudSettings) -> None:
         """A step keeps to the operator's limits; empty ones do not happen."""

@@ -36,12 +36,18 @@ MUST_VISIT = {
     **dict.fromkeys(("up:Open", "up:Draft", "up:Heartbeat", "up:Close", "down:Commit", "down:Heartbeat"), 100),
     **dict.fromkeys(("down:NeedTokens", "down:Failure"), 20),
     **dict.fromkeys(("shown:accepted", "shown:cloud", "shown:local", "finish:stop", "finish:length"), 100),
-    **dict.fromkeys(("finish:none", "dial:fresh", "dial:again"), 20),
+    **dict.fromkeys(("finish:none", "dial:fresh", "dial:again"), 12),
     **dict.fromkeys(("fault:reset", "fault:blackhole", "fault:half_open", "fault:stall", "fault:restart"), 100),
     **dict.fromkeys(("fault:overload", "fault:slow", "fault:late_delivery", "fault:silent_edge"), 50),
-    "budget": 50,
-    "gaps": 100,
+    "budget": 40,
+    **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
 }
+
+
+def hardly_reached(visits: Counter[str], sessions: int) -> dict[str, int]:
+    """What so many sessions should have reached more often: visits by name."""
+    share = min(sessions / 2000, 1.0)
+    return {name: visits[name] for name, least in MUST_VISIT.items() if visits[name] < least * share}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,7 @@ def play(seed: int) -> Outcome:
     for edge in world.edges:
         if calm:
             _check_budget(world, edge)
-        if link_only:
-            _check_gaps(world, edge, target.cost_ms(sessions * (1 + cloud.max_draft_rows)))
+        _check_gaps(world, edge, link_only, target.cost_ms(sessions * (1 + cloud.max_draft_rows)))
     tokens = sum(len(edge.user.log) - len(edge.request.prompt) for edge in world.edges)
     return Outcome(sessions, tokens, world.checks.violations, world.checks.visits)
 
@@ -116,7 +121,8 @@ def _add_edge(world: World, random: Random, model: HashModel, seed: int, calm: b
     )
     draft = NoisyModel(model, acceptance, salt=seed + 1)
     engine = ToyDraft(draft, max_context=random.choice((1 << 20, 1 << 20, 100)))
-    return world.add_edge(request, settings, policy, engine, link, draft_ms=random.choice((1.0, 8.0, 13.0, 60.0)))
+    draft_ms = random.choice((1.0, 8.0, 13.0, 60.0))
+    return world.add_edge(request, settings, policy, engine, link, draft_ms, is_branching=not calm and seed % 2 == 0)
 
 
 def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
@@ -146,25 +152,27 @@ def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
                 world.at(when, partial(world.overload, lasts_s))
             case _:
                 when /= 4  # early: most sessions are short
-                world.at(when, partial(world.slow_down, lasts_s, slow_ms=random.choice((700.0, 2_000.0))))
+                world.at(when, partial(world.slow_down, lasts_s, slow_ms=700.0 if lasts_s < 2 else 4_000.0))
                 if lasts_s > 0.1:  # and the device changes its network meanwhile
                     world.at(when + 0.1, partial(world.reset_link, edge, 0.05))
     return max(faults) < 5
 
 
-def _check_gaps(world: World, edge: SimEdge, step_ms: float) -> None:
+def _check_gaps(world: World, edge: SimEdge, link_only: bool, step_ms: float) -> None:
     """Where the link alone is at fault, no pause is longer than `max_stall_ms` and what the work in hand takes.
 
-    Silence counts from the last message, a heartbeat perhaps: a step may have been on its way for its own duration and
-    a round trip. Then the draft engine may have to finish a chunk before it drafts the token to show.
+    A verifier at fault may cost the patience too. Silence counts from the last message, a heartbeat perhaps: a step may
+    have been on its way for its own duration and a round trip. Then the draft engine may have to finish a chunk before
+    it drafts the token to show.
     """
     room = edge.engine.capabilities.max_context
-    if edge.on_disconnect is not OnDisconnect.CONTINUE or room < 1000:
+    if edge.settings.on_disconnect is not OnDisconnect.CONTINUE or room < 1000:
         return
-    world.checks.visits["gaps"] += 1
+    world.checks.visits["gaps:link" if link_only else "gaps:verifier"] += 1
     slack_ms = 2 * (edge.link.one_way_ms + edge.link.jitter_ms) + 2 * step_ms + 6 * edge.draft_ms
-    if edge.user.longest_gap_s > (MAX_STALL_MS + slack_ms) / 1000:
-        what = f"showed nothing for {edge.user.longest_gap_s:.2f} s, {MAX_STALL_MS + slack_ms:.0f} ms allowed"
+    allowed_ms = MAX_STALL_MS + slack_ms + (0.0 if link_only else edge.settings.patience_ms)
+    if edge.user.longest_gap_s > allowed_ms / 1000:
+        what = f"showed nothing for {edge.user.longest_gap_s:.2f} s, {allowed_ms:.0f} ms allowed"
         world.checks.violated(edge, world.now, what)
 
 

@@ -7,6 +7,7 @@ what must hold meanwhile.
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -14,7 +15,7 @@ from shared import wire
 from shared.core import effects as fx
 from shared.core.edge_session import EdgeSession, Phase
 from shared.core.errors import RemoteProtocolError
-from shared.core.messages import CloudMessage, EdgeMessage, Open
+from shared.core.messages import CloudMessage, Commit, Draft, EdgeMessage, Open
 from shared.core.policies import DraftPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import EdgeSettings, Request, TableSettings
@@ -53,12 +54,13 @@ class World:
         engine: ToyDraft,
         link: LinkModel,
         draft_ms: float,
+        is_branching: bool = False,
     ) -> SimEdge:
         """A device that starts now."""
         session = EdgeSession(request, settings, policy)
         user = SimUser(TokenLog(request.prompt), len(request.prompt), self.now)
         index = len(self.edges)
-        edge = SimEdge(index, session, request, policy, settings.on_disconnect, engine, link, draft_ms, user)
+        edge = SimEdge(index, session, request, policy, settings, engine, link, draft_ms, is_branching, user)
         engine.reset((), request.sampling, len(request.prompt))
         self.edges.append(edge)
         self._enact(edge, session.start(self.now))
@@ -234,9 +236,16 @@ class World:
         self.checks.sent(edge, message, encoded.ByteSize(), self.now)
         if stream is None or not stream.carries_up:
             return
+        if isinstance(message, Draft) and edge.is_branching and message.parent_hash % 2:
+            sibling = tuple(token % 998 + 1 for token in message.tokens)
+            self.checks.visits["up:sibling"] += 1
+            self._fly_up(edge, stream, number, replace(message, tokens=sibling))
         for _ in range(edge.link.copies() if not isinstance(message, Open) else 1):
-            stream.last_up = edge.link.lands_at(self.now, stream.last_up)
-            self.at(stream.last_up, lambda: self._cloud_receives(number, message))
+            self._fly_up(edge, stream, number, message)
+
+    def _fly_up(self, edge: SimEdge, stream: SimStream, number: int, message: EdgeMessage) -> None:
+        stream.last_up = edge.link.lands_at(self.now, stream.last_up)
+        self.at(stream.last_up, partial(self._cloud_receives, number, message))
 
     # -- the verifier's driver --------------------------------------------------------------------------------------
 
@@ -248,7 +257,13 @@ class World:
     def _cloud_receives(self, number: int, message: EdgeMessage) -> None:
         stream = self._streams.get(number)
         if stream is not None and stream.carries_up and not stream.cloud_closed:
-            self._cloud_enact(self.table.receive(number, message, self.now))
+            key = f"edge{stream.edge}/{self.edges[stream.edge].request.session_id}"
+            session = next((session for session in self.table.sessions if session.key == key), None)
+            pending = session.pending_tokens if session else 0
+            effects = self.table.receive(number, message, self.now)
+            if session is not None and isinstance(message, Draft):
+                self.checks.drafted(session, message, session.pending_tokens - pending, self.now)
+            self._cloud_enact(effects)
 
     def _cloud_lost(self, number: int) -> None:
         if self._streams.pop(number, None) is not None:
@@ -307,6 +322,8 @@ class World:
         if stream is None or stream.cloud_closed:
             return
         edge = self.edges[stream.edge]
+        if isinstance(sent, Commit):
+            self.checks.committed(edge, sent, self.now)
         encoded = wire.cloud_to_wire(sent)
         message = wire.cloud_from_wire(encoded)
         self.checks.visits[f"down:{type(message).__name__}"] += 1

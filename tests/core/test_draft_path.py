@@ -24,10 +24,11 @@ def path_of(prompt: tuple[int, ...], drafted: tuple[int, ...] = ()) -> DraftPath
 
 
 def test_first_draft_feeds_the_prompt() -> None:
+    assert DraftPath((1, 2)).can_draft
     path = DraftPath((1, 2))
-    assert path.can_draft
     assert path.draft(3, now=0.0) == Draft(start=2, parent_hash=path.log.hash_at(2), feed=(1, 2), n=3)
     assert not path.can_draft
+    assert "2 in the engine" in repr(path)  # once it is done
 
 
 def test_drafts_are_appended_and_need_not_be_fed_again() -> None:
@@ -99,12 +100,12 @@ def test_commit_equal_to_the_path_changes_nothing_but_what_counts_as_sent() -> N
     path = path_of((1,), (5, 6, 7))
     assert path.lay(1, (5, 6)) == (2, [])
     assert path.log.tokens() == (1, 5, 6, 7)
-    assert path.send(now=0.0).start == 3
+    assert path.send(99, now=0.0).start == 3
 
 
 def test_commit_that_differs_cuts_the_path_and_the_engine() -> None:
     path = path_of((1,), (5, 6, 7))
-    path.send(now=0.0)
+    path.send(99, now=0.0)
     assert path.lay(1, (5, 9)) == (1, [Rollback(2)])
     assert path.log.tokens() == (1, 5, 9)
     assert path.sent_len == 3
@@ -141,10 +142,16 @@ def test_unsent_drafts_are_sent_once_with_their_confidence() -> None:
     path = DraftPath((1, 2))
     path.draft(2, now=0.0)
     path.drafted((5, 6), (0.5, 1.0), NO_STOPS, now=0.0)
-    assert path.send(now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), bytes((128, 255)))
+    assert path.send(99, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), bytes((128, 255)))
     path.draft(1, now=0.0)
     path.drafted((7,), (0.0,), NO_STOPS, now=0.0)
-    assert path.send(now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), bytes((0,)))
+    assert path.send(99, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), bytes((0,)))
+
+
+def test_only_what_the_verifier_will_hold_is_sent() -> None:
+    path = path_of((1, 2), (5, 6, 7))
+    assert path.send(4, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), b"\xff\xff")
+    assert path.send(9, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), b"\xff")
 
 
 def test_confidence_stays_with_its_token_after_a_cut_and_a_commit() -> None:
@@ -152,7 +159,7 @@ def test_confidence_stays_with_its_token_after_a_cut_and_a_commit() -> None:
     path.lay(1, (5, 9, 8))
     path.draft(1, now=0.0)
     path.drafted((4,), (0.2,), NO_STOPS, now=0.0)
-    assert path.send(now=0.0) == DraftMessage(4, path.log.hash_at(4), (4,), bytes((51,)))
+    assert path.send(99, now=0.0) == DraftMessage(4, path.log.hash_at(4), (4,), bytes((51,)))
 
 
 def test_drafting_time_is_smoothed_and_a_prompt_does_not_count() -> None:
@@ -168,11 +175,11 @@ def test_drafting_time_is_smoothed_and_a_prompt_does_not_count() -> None:
     assert path.draft_ms == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize(("is_up", "unsent"), [(True, 2), (False, 0)])
-def test_policy_sees_what_it_decides_on(is_up: bool, unsent: int) -> None:
+@pytest.mark.parametrize(("held_len", "unsent"), [(99, 2), (4, 1), (0, 0)])
+def test_policy_sees_what_it_decides_on(held_len: int, unsent: int) -> None:
     path, link = path_of((1, 2), (5, 6, 7)), Link(LinkSettings())
     path.sent_len = 3
-    assert path.observe(2, is_up, link, max_ahead=9, now=0.25) == DraftObservation(
+    assert path.observe(2, held_len, link, max_ahead=9, now=0.25) == DraftObservation(
         acceptance=0.8,
         draft_ms=0.0,
         rtt_ms=link.rtt_ms,
@@ -182,5 +189,5 @@ def test_policy_sees_what_it_decides_on(is_up: bool, unsent: int) -> None:
         since_sent_ms=250.0,
         until_step_ms=0.0,
     )
-    path.send(now=0.25)
-    assert path.observe(2, is_up, link, max_ahead=9, now=0.35).since_sent_ms == pytest.approx(100.0)
+    path.send(99, now=0.25)
+    assert path.observe(2, held_len, link, max_ahead=9, now=0.35).since_sent_ms == pytest.approx(100.0)

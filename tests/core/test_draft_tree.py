@@ -99,6 +99,9 @@ def test_commit_along_the_drafts_keeps_what_hangs_below(log: TokenLog, tree: Dra
     log.extend((5, 6))
     assert tree.advance((5, 6)) == Judged(matched=2, failed=False)
     assert pending(tree) == [(4, 7)]
+    (node,) = tree.best(9)
+    assert node.parent is not None
+    assert node.parent.parent is None  # what is committed is let go
     assert tree.graft(on_end(log, (7, 8))) == Grafted(1, 0, 0)
 
 

@@ -1,96 +1,31 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from shared.core.edge_session import EdgeSession, Phase
 from shared.core.effects import (
-    Confirm,
     Connect,
     Disconnect,
     Draft,
-    EdgeEffect,
     Emit,
     Finished,
     Provenance,
-    Refused,
-    Retract,
     Rollback,
     Send,
 )
 from shared.core.errors import RemoteProtocolError
-from shared.core.link import LinkSettings
 from shared.core.messages import (
     Close,
     Commit,
-    Failure,
-    FailureCode,
     Finish,
     Heartbeat,
-    NeedTokens,
     Open,
     Want,
 )
 from shared.core.messages import Draft as DraftMessage
-from shared.core.policies import DraftObservation
-from shared.core.settings import EdgeSettings, OnDisconnect, OnReconnect, Request
+from shared.core.settings import OnDisconnect
 from shared.testing.engines import TOY_VOCABULARY
-
-REQUEST = Request("s", (1, 2), max_new_tokens=20, vocabulary=TOY_VOCABULARY, stop_ids=frozenset((0,)))
-SETTINGS = EdgeSettings(
-    link=LinkSettings(max_stall_ms=600.0, heartbeat_ms=200.0),
-    patience_ms=5_000.0,
-    connect_timeout_ms=1_000.0,
-    backoff_initial_ms=50.0,
-    backoff_max_ms=250.0,
-)
-LOCAL = Provenance.LOCAL
-
-
-@dataclass
-class Ahead:
-    """Keeps so many tokens ahead of what is settled."""
-
-    tokens: int
-    wait_ms: float = 0.0
-
-    def draft_tokens(self, seen: DraftObservation) -> int:
-        return max(0, min(self.tokens, seen.max_ahead) - seen.ahead_tokens)
-
-    def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
-        return self.wait_ms
-
-
-def session_of(settings: EdgeSettings = SETTINGS, request: Request = REQUEST, ahead: int = 2) -> EdgeSession:
-    return EdgeSession(request, settings, Ahead(ahead))
-
-
-def linked(settings: EdgeSettings = SETTINGS, request: Request = REQUEST) -> EdgeSession:
-    """On stream 1 since 0 s, token 5 committed, 6 and 7 drafted and sent, nothing in flight."""
-    session = session_of(settings, request)
-    session.start(0.0)
-    session.drafted((5, 6), (1.0, 1.0), 0.0)
-    session.connected(1, 0.0)
-    session.receive(1, Commit(2, (5,)), 0.0)
-    session.drafted((7,), (1.0,), 0.0)
-    return session
-
-
-def sent(effects: list[EdgeEffect]) -> list[object]:
-    return [effect.message for effect in effects if isinstance(effect, Send)]
-
-
-def of_type(effects: list[EdgeEffect], *types: type[object]) -> list[EdgeEffect]:
-    return [effect for effect in effects if isinstance(effect, types)]
-
-
-def redialled(session: EdgeSession, now: float) -> int:
-    """Let the backoff pass; the number of the new attempt."""
-    connects = of_type(session.tick(now + 1.0), Connect)
-    assert len(connects) == 1
-    assert isinstance(connects[0], Connect)
-    assert connects[0].fresh
-    return connects[0].stream
-
+from tests.core.edge import LOCAL, REQUEST, REVISE, SETTINGS, Ahead, linked, local, of_type, redialled, sent, session_of
 
 # -- the first dial ----------------------------------------------------------------------------------------------------
 
@@ -269,206 +204,6 @@ def test_plain_stream_drafts_nothing_while_the_cloud_is_there() -> None:
     assert of_type(session.disconnected(1, 0.3), Draft) == [Draft(3, session.path.log.hash_at(3), (1, 2, 5), 1)]
 
 
-# -- the link ----------------------------------------------------------------------------------------------------------
-
-
-def test_heartbeats_keep_time_and_acknowledge() -> None:
-    session = linked()
-    assert session.wake_at() == pytest.approx(0.2)
-    assert session.tick(0.2) == [Send(1, Heartbeat(2, 3))]
-    assert session.receive(1, Heartbeat(2, 3), 0.25) == []
-    assert session.link.rtt_ms == pytest.approx(50.0)
-    assert session.wake_at() == pytest.approx(0.4)
-
-
-def test_stall_shows_the_path_first_and_then_drops_the_stream() -> None:
-    session = linked()
-    session.tick(0.2)
-    log_hash = session.path.log.hash_at(5)
-    assert session.tick(0.6) == [Emit(3, (6, 7), (LOCAL, LOCAL)), Draft(5, log_hash, (), 1), Disconnect(1)]
-    assert session.phase is Phase.LOCAL
-    wakes_at = session.wake_at()
-    assert wakes_at is not None
-    assert 0.625 <= wakes_at <= 0.65  # the first backoff
-    assert session.receive(1, Commit(3, (9,)), 0.61) == []  # a dead stream still delivers
-
-
-def test_live_link_without_commits_is_left_when_patience_ends() -> None:
-    session = linked(replace(SETTINGS, patience_ms=700.0))
-    for milliseconds in range(100, 700, 100):
-        session.receive(1, Heartbeat(0, 3), milliseconds / 1000)
-        assert of_type(session.tick(milliseconds / 1000), Disconnect) == []
-    assert of_type(session.tick(0.7), Emit, Disconnect) == [Emit(3, (6, 7), (LOCAL, LOCAL)), Disconnect(1)]
-
-
-def test_commit_renews_patience() -> None:
-    session = linked(replace(SETTINGS, patience_ms=700.0))
-    session.receive(1, Commit(3, (6,)), 0.5)
-    session.receive(1, Heartbeat(0, 3), 1.0)
-    assert of_type(session.tick(1.1), Disconnect) == []
-    assert of_type(session.tick(1.2), Disconnect) == [Disconnect(1)]
-
-
-def test_repeated_news_of_a_dead_stream_is_not_news() -> None:
-    session = linked()
-    session.disconnected(1, 0.1)
-    assert session.disconnected(1, 0.2) == []
-    assert session.receive(1, Failure(FailureCode.INTERNAL, "late"), 0.2) == []
-
-
-def test_pause_shows_nothing_until_the_cloud_is_back() -> None:
-    session = linked(replace(SETTINGS, on_disconnect=OnDisconnect.PAUSE))
-    assert of_type(session.disconnected(1, 0.1), Emit) == []
-    stream = redialled(session, 0.1)
-    opened = session.connected(stream, 1.2)
-    assert sent(opened)[0] == REQUEST.open(session.path.log, known_len=3, opened_len=3)
-    assert of_type(session.tick(1.7), Emit) == []
-    assert of_type(session.receive(stream, Commit(3, (6,), 1, 1), 1.75), Emit) == [
-        Emit(3, (6,), (Provenance.ACCEPTED,))
-    ]
-
-
-def test_fail_ends_the_text_with_the_reason() -> None:
-    session = linked(replace(SETTINGS, on_disconnect=OnDisconnect.FAIL))
-    assert session.tick(0.6) == [Disconnect(1), Finished(Finish.NONE, "the link stalled")]
-    assert session.phase is Phase.DONE
-
-
-@pytest.mark.parametrize(
-    ("silence", "why"), [("dial", "the verifier does not answer"), ("commits", "the verifier is too slow")]
-)
-def test_fail_names_what_was_missing(silence: str, why: str) -> None:
-    session = session_of(replace(SETTINGS, on_disconnect=OnDisconnect.FAIL, patience_ms=1_000.0))
-    session.start(0.0)
-    if silence == "commits":
-        session.connected(1, 0.0)
-        session.receive(1, Heartbeat(0, 0), 0.9)
-    assert session.tick(1.0)[-1] == Finished(Finish.NONE, why)
-
-
-# -- the way back ------------------------------------------------------------------------------------------------------
-
-
-def local(settings: EdgeSettings = SETTINGS) -> EdgeSession:
-    """The stream broke at 1 s; 6 and 7 are shown as local, a draft is in flight."""
-    session = linked(settings)
-    session.receive(1, Heartbeat(0, 3), 0.9)
-    session.disconnected(1, 1.0)
-    return session
-
-
-def test_continue_opens_with_what_was_shown() -> None:
-    session = local()
-    stream = redialled(session, 1.0)
-    assert stream == 3
-    effects = session.connected(stream, 2.1)
-    assert sent(effects)[0] == REQUEST.open(session.path.log, known_len=3, opened_len=5)
-    assert of_type(session.receive(stream, Commit(5, (8,)), 2.2), Emit, Confirm, Retract) == [
-        Emit(5, (8,), (Provenance.CLOUD,))
-    ]
-    assert session.phase is Phase.LINKED
-
-
-def test_tokens_drafted_during_the_return_are_held_back_for_a_while() -> None:
-    session = local()
-    stream = redialled(session, 1.0)
-    session.connected(stream, 2.1)
-    assert of_type(session.drafted((8,), (1.0,), 2.2), Emit) == []
-    session.receive(stream, Heartbeat(0, 3), 2.6)
-    assert of_type(session.tick(2.7), Emit) == [Emit(5, (8,), (LOCAL,))]
-    assert session.phase is Phase.OPENING
-
-
-def test_late_first_commit_is_answered_by_opening_once_more() -> None:
-    session = local()
-    stream = redialled(session, 1.0)
-    session.connected(stream, 2.1)
-    session.drafted((8,), (1.0,), 2.2)
-    session.receive(stream, Heartbeat(0, 3), 2.6)
-    session.tick(2.7)
-    effects = session.receive(stream, Commit(5, (9,)), 2.8)
-    assert of_type(effects, Disconnect, Connect, Emit) == [Disconnect(stream), Connect(stream + 1, fresh=False)]
-    assert sent(session.connected(stream + 1, 2.9))[0] == REQUEST.open(session.path.log, known_len=5, opened_len=6)
-
-
-def test_verifier_without_the_prefix_gets_all_tokens() -> None:
-    session = local()
-    stream = redialled(session, 1.0)
-    session.connected(stream, 2.1)
-    again = Send(stream, REQUEST.open(session.path.log, known_len=0, opened_len=5))
-    assert session.receive(stream, NeedTokens(), 2.2)[0] == again
-    assert again not in session.receive(stream, NeedTokens(), 2.2)  # repeated
-
-
-def test_need_for_tokens_on_a_linked_stream_is_nonsense() -> None:
-    assert linked().receive(1, NeedTokens(), 0.1) == []
-
-
-REVISE = replace(SETTINGS, on_reconnect=OnReconnect.REVISE)
-
-
-def test_revise_opens_at_what_is_committed_and_sends_the_local_tail_as_drafts() -> None:
-    session = local(REVISE)
-    stream = redialled(session, 1.0)
-    session.drafted((8,), (1.0,), 2.0)
-    effects = session.connected(stream, 2.1)
-    opened, _, draft = sent(effects)[:3]
-    assert opened == REQUEST.open(session.path.log, known_len=3, opened_len=3)
-    assert draft == DraftMessage(3, session.path.log.hash_at(3), (6, 7, 8), b"\xff\xff\xff")
-    assert session.drafted((4,), (1.0,), 2.2)[0] == Emit(6, (4,), (LOCAL,))  # showing goes on meanwhile
-
-
-def test_revise_confirms_what_was_right_and_takes_back_the_rest() -> None:
-    session = local(REVISE)
-    stream = redialled(session, 1.0)
-    session.connected(stream, 2.1)
-    effects = session.receive(stream, Commit(3, (6, 9), 2, 1), 2.2)
-    assert of_type(effects, Rollback, Confirm, Retract, Emit) == [
-        Rollback(4),
-        Confirm(4),
-        Retract(4),
-        Emit(4, (9,), (Provenance.CLOUD,)),
-    ]
-
-
-def test_revise_holds_before_the_first_commit_like_any_other() -> None:
-    session = session_of(REVISE)
-    session.start(0.0)
-    session.connected(1, 0.1)
-    assert of_type(session.drafted((5, 6), (1.0, 1.0), 0.2), Emit) == []
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def test_busy_verifier_is_dialled_again_when_it_says() -> None:
-    session = linked()
-    effects = session.receive(1, Failure(FailureCode.RESOURCE_EXHAUSTED, "full", retry_after_ms=3_000), 0.1)
-    assert of_type(effects, Refused) == []
-    assert session.wake_at() == pytest.approx(3.1)
-    assert of_type(session.tick(3.1), Connect) == [Connect(3, fresh=True)]
-
-
-def test_final_refusal_is_reported_and_the_session_goes_on_alone() -> None:
-    session = linked()
-    effects = session.receive(1, Failure(FailureCode.VOCABULARY_MISMATCH, "differ"), 0.1)
-    assert of_type(effects, Refused, Emit, Disconnect) == [
-        Refused("VOCABULARY_MISMATCH", "differ"),
-        Emit(3, (6, 7), (LOCAL, LOCAL)),
-        Disconnect(1),
-    ]
-    assert session.wake_at() is None  # never dialled again
-
-
-def test_final_refusal_of_a_session_that_would_pause_ends_it() -> None:
-    session = linked(replace(SETTINGS, on_disconnect=OnDisconnect.PAUSE))
-    assert session.receive(1, Failure(FailureCode.UNAUTHENTICATED, "who?"), 0.1) == [
-        Refused("UNAUTHENTICATED", "who?"),
-        Disconnect(1),
-        Finished(Finish.NONE, "who?"),
-    ]
-
-
 # -- the end without the cloud -----------------------------------------------------------------------------------------
 
 
@@ -526,3 +261,19 @@ def test_repr_is_the_whole_state() -> None:
         "<EdgeSession s linked on stream 1: 3 committed, 3 shown, <DraftPath 5 tokens, 5 sent, 5 in the engine, "
         "acceptance 0.84>, <Link rtt 0+-0 ms, patience 600 ms>>"
     )
+
+
+def test_tail_that_the_verifier_cannot_hold_is_sent_in_parts() -> None:
+    session = session_of(REVISE)
+    session.start(0.0)
+    session.disconnected(1, 0.0)
+    tail = tuple(range(10, 18))
+    for token in tail:
+        session.drafted((token,), (1.0,), 0.0)
+    stream = redialled(session, 0.0)
+    session.connected(stream, 1.1)  # all of it is sent: how much is held is not known yet
+    hashed = session.path.log.hash_at
+    effects = session.receive(stream, Commit(2, tail[:2], 1, 1, max_ahead=3), 1.2)
+    assert sent(effects) == [DraftMessage(5, hashed(5), tail[3:5], b"\xff\xff")]
+    effects = session.receive(stream, Commit(4, tail[2:4], 1, 1, max_ahead=3), 1.3)
+    assert sent(effects) == [Heartbeat(2, 6, draft_ms=0.0), DraftMessage(7, hashed(7), tail[5:7], b"\xff\xff")]

@@ -284,6 +284,17 @@ def test_prefix_is_known_within_one_identity_only() -> None:
     assert opened(table, 2, reopened((1, 2, 3), known_len=3), identity="you") == [Send(2, NeedTokens())]
 
 
+def test_session_of_the_same_name_but_another_identity_is_left_alone() -> None:
+    table = table_of()
+    opened(table, 1)
+    assert opened(table, 2, identity="you") == []
+    assert [session.key for session in table.sessions] == ["me/s", "you/s"]
+
+
+def test_hash_of_no_known_prefix_means_nothing() -> None:
+    assert opened(table_of(), 1, replace(OPEN, known_hash=5)) == []
+
+
 def test_oldest_parked_sessions_make_room() -> None:
     table = table_of()
     for stream, name in enumerate("abc", start=1):

@@ -136,7 +136,7 @@ async def send_without_end(writer: asyncio.StreamWriter) -> None:
 
 @pytest.mark.parametrize("one_way_ms", [0.0, 3.0])
 def test_bytes_arrive_intact_and_in_order_both_ways_at_once(one_way_ms: float) -> None:
-    rng = random.Random(1)  # noqa: S311  # sizes and bytes of a test
+    rng = random.Random(1)  # sizes and bytes of a test
     going_up, going_down = rng.randbytes(2_000_000), rng.randbytes(1_500_000)
 
     @in_lab(one_way_ms)
