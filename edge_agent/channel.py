@@ -180,8 +180,8 @@ class Channel:
                 call.cancel()
 
     async def _ready(self, fresh: bool) -> grpc.aio.Channel:
-        """The connection, dialled if need be. Raises `ConnectionError` as soon as an attempt fails."""
-        if self._channel is None or fresh or self._channel.get_state() in _BROKEN:
+        """The connection, dialled unless it stands. Raises `ConnectionError` as soon as an attempt fails."""
+        if self._channel is None or fresh or self._channel.get_state() is not grpc.ChannelConnectivity.READY:
             stale, self._channel = self._channel, self._dial()
             if stale is not None:
                 closing = asyncio.create_task(stale.close())
