@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
 import grpc
+import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,11 +22,14 @@ from cloud_verifier.auth import TokenInterceptor, identity, server_credentials
 from cloud_verifier.config import CloudConfig
 from cloud_verifier.worker import Worker
 from shared import wire
+from shared.config import is_loopback
 from shared.core.errors import RemoteProtocolError
 from shared.core.messages import CloudMessage, Failure, FailureCode
 from shared.pb import speculation_pb2 as pb
 from shared.pb import speculation_pb2_grpc as pb_grpc
 from shared.transport import SERVER_OPTIONS
+
+log = structlog.get_logger(__name__)
 
 SERVICE = "outrider.v1.Verifier"
 # On top of the window of commits that a session may have unacknowledged. Who lets more wait does not read.
@@ -162,6 +166,8 @@ class VerifierServer:
         except RuntimeError as error:
             check_address(address)  # says more, unless the address is free again
             raise ListenError(f"cannot listen on {address}: gRPC refuses it") from error
+        if self._config.token is not None and self._credentials is None and not is_loopback(address):
+            log.warning("tokens come in unencrypted; set server.tls.cert_file and key_file", address=address)
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

@@ -24,7 +24,7 @@ from shared.core.effects import Finished, Refused
 from shared.core.link import LinkSettings
 from shared.core.messages import Want
 from shared.core.policies import DraftPolicy
-from shared.core.settings import EdgeSettings, Request
+from shared.core.settings import EdgeSettings, OnDisconnect, Request
 from shared.engine import EngineError
 from shared.logs import configure_logs
 from shared.policy.run_ahead import RunAhead, StopAndWait
@@ -35,7 +35,8 @@ app = typer.Typer(
 )
 
 EXIT_MISTAKE = 2  # configuration, model, prompt
-EXIT_REFUSED = 3  # the verifier will not serve us; the answer was finished here
+EXIT_REFUSED = 3  # the verifier will not serve us
+EXIT_LINK = 4  # the verifier was lost, and the settings say to end the answer then
 
 
 @app.callback()
@@ -71,8 +72,16 @@ def run(
     }
     settings = load_edge_config(config, environ=os.environ, overrides=overrides)
     configure_logs(settings.log.level, settings.log.format)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    raise typer.Exit(asyncio.run(_answer(settings, text, local, as_json)))
+    raise typer.Exit(asyncio.run(_answer(settings, _read_prompt(prompt), local, as_json)))
+
+
+def _read_prompt(argument: str) -> str:
+    try:
+        text = sys.stdin.read() if argument == "-" else argument
+        text.encode()  # Python turns bytes of an argument that are not UTF-8 into surrogates
+    except UnicodeError as error:
+        raise ConfigError("the prompt is not UTF-8 text; convert it first, for example with iconv") from error
+    return text
 
 
 async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -> int:
@@ -82,20 +91,26 @@ async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -
     request = make_request(config, loaded, prompt)
     agent = make_agent(config, loaded, offline=local)
     display = JsonLines(loaded.model) if as_json else Screen(loaded.model)
-    complaints: list[str] = []
+    goes_on = config.link.on_disconnect is OnDisconnect.CONTINUE
+    code, complaint = 0, ""
     try:
         async for event in agent.answer(request):
-            if isinstance(event, Refused):
-                complaints.append(f"the verifier refused: {event.detail}; what followed is local and unverified")
-            elif isinstance(event, Finished) and event.error and not complaints:
-                complaints.append(event.error)
+            match event:
+                case Refused(detail=detail):
+                    then = "what followed is local and unverified" if goes_on else "the answer ends here"
+                    code, complaint = EXIT_REFUSED, f"the verifier refused: {detail}; {then}"
+                case Finished(error=error) if error and not code:
+                    code, complaint = EXIT_LINK, f"{error}; the answer ends here (link.on_disconnect: fail)"
             display.show(event)
-        display.finish(agent.report())
+        report = agent.report()
+        display.finish(report)
+        if not (code or local or report["num_steps"] or report["messages_down"]):
+            complaint = f"no verifier was reached at {config.verifier.address}; the answer is local and unverified"
     finally:
         await agent.close()
-        for complaint in complaints:  # not before: it would stand in the middle of a line of text
+        if complaint:  # not before: it would stand in the middle of a line of text
             _complain(complaint)
-    return EXIT_REFUSED if complaints else 0
+    return code
 
 
 def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Request:
@@ -154,8 +169,8 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2."""
     try:
         app()
-    except (ConfigError, EngineError) as error:
-        _complain(str(error))
+    except (ConfigError, EngineError, OSError) as error:
+        _complain(" ".join(str(error).split()))
         sys.exit(EXIT_MISTAKE)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -41,6 +41,7 @@ log = structlog.get_logger(__name__)
 
 Event = Emit | Confirm | Retract | Refused | Finished
 _LATE_S = 0.02  # a timer later than this tells of a busy machine, not of a silent link
+_NAMING_S = 2.0  # for the verifier to send its vocabulary; its refusal can be told without
 _GOODBYE_S = 0.5  # for the Close to reach the verifier; it would notice without
 
 
@@ -114,9 +115,9 @@ class EdgeAgent:
     async def _name_mismatch(self, detail: str) -> str:
         """The first differing ids, if the verifier still answers; its own words otherwise."""
         try:
-            description = await self._channel.describe()
-        except (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError) as error:
-            log.info("cannot ask for the verifier's vocabulary", error=str(error))
+            description = await asyncio.wait_for(self._channel.describe(), _NAMING_S)
+        except (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError, asyncio.TimeoutError) as error:
+            log.info("cannot ask for the verifier's vocabulary", error=str(error) or type(error).__name__)
             return detail
         named = describe_mismatch(self._vocabulary, Vocabulary(description.vocabulary_tokens))
         return f"{detail}; {named} (verifier model: {description.model})" if named else detail

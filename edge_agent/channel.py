@@ -16,7 +16,7 @@ import structlog
 
 from edge_agent.config import EdgeTlsConfig, VerifierConfig
 from shared import wire
-from shared.config import ConfigError
+from shared.config import ConfigError, is_loopback
 from shared.core.errors import RemoteProtocolError
 from shared.core.messages import CloudMessage, EdgeMessage, Failure, FailureCode, Open
 from shared.pb import speculation_pb2 as pb
@@ -84,6 +84,8 @@ class Channel:
         self._config = config
         self._credentials = _credentials(config.tls)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        if token and self._credentials is None and not is_loopback(config.address):
+            log.warning("the token is sent unencrypted; set verifier.tls.enabled", address=config.address)
         self._channel: grpc.aio.Channel | None = None
         self._streams: dict[int, _Stream] = {}
         self._closing: set[asyncio.Task[None]] = set()

@@ -99,10 +99,15 @@ class LinkConfig(Section):
             raise ValueError(
                 f"backoff_initial_ms ({self.backoff_initial_ms:g}) is above backoff_max_ms ({self.backoff_max_ms:g})"
             )
-        if self.heartbeat_ms > self.max_stall_ms:
+        if self.heartbeat_ms > self.max_stall_ms / 2:  # one may be late
             raise ValueError(
-                f"heartbeat_ms ({self.heartbeat_ms:g}) is above max_stall_ms ({self.max_stall_ms:g});"
+                f"heartbeat_ms ({self.heartbeat_ms:g}) is above half of max_stall_ms ({self.max_stall_ms:g});"
                 " a quiet link would count as lost"
+            )
+        if self.patience_ms < self.max_stall_ms:
+            raise ValueError(
+                f"patience_ms ({self.patience_ms:g}) is below max_stall_ms ({self.max_stall_ms:g});"
+                " a live link would be given up sooner than a silent one"
             )
         return self
 

@@ -112,8 +112,10 @@ class LlamaCppDraft:
                 [len(rows) - 1] if stop == len(self._tokens) else [],
             )
             self._cached = stop
-        token = select(logits[0], self._sampling, len(self._tokens), self._tokens, self._prompt_len)
-        return token, probability(logits[0], token)
+        # Padded ids beyond the vocabulary mean nothing to the verifier, which would refuse them.
+        known = logits[0][: self.fingerprint.size]
+        token = select(known, self._sampling, len(self._tokens), self._tokens, self._prompt_len)
+        return token, probability(known, token)
 
     def _cut(self, length: int) -> bool:
         """Keep at most `length` tokens in the cache; False, and nothing changed, if the model cannot."""

@@ -20,7 +20,7 @@ Cache rule: after a committing step the target's cache holds exactly committed_l
 is the next input. `stepped` returns the rows to keep so that this holds.
 
 When no drafts are pending, `self_decode` decides: `always` decodes, `idle` decodes when the worker has spare capacity,
-`off` waits for drafts. No wait is longer than `starved_after_ms`; from then on, until a draft arrives, the session
+`off` waits for drafts. After `starved_after_ms` without a draft, and until one arrives, the session
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 """
@@ -82,7 +82,8 @@ class CloudSession:
         state = self.finish.name if self.finish is not Finish.NONE else "stepping" if self._step else "ready"
         return (
             f"<CloudSession {self.key} {state}: {len(self.log)} committed, {self.cached_len} cached, "
-            f"{self._acked_len} acknowledged, {self._tree!r}, acceptance {self._acceptance!r}>"
+            f"{self._acked_len} acknowledged, {self._tree!r}, "
+            f"acceptance {self._acceptance!r} at {self.draft_ms:.0f} ms>"
         )
 
     @property

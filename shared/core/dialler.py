@@ -1,5 +1,7 @@
 """When the edge dials: one attempt at a time, each with a new stream number, after a jittered exponential backoff."""
 
+from zlib import crc32
+
 from shared.core.effects import Connect
 from shared.core.noise import uniform
 from shared.core.settings import EdgeSettings
@@ -8,12 +10,12 @@ from shared.core.settings import EdgeSettings
 class Dialler:
     """The current stream number, and the times of the next attempt and of giving up the one in progress."""
 
-    def __init__(self, settings: EdgeSettings, seed: int) -> None:
+    def __init__(self, settings: EdgeSettings, session_id: str) -> None:
         self.stream = 0
         self.next_at: float | None = None
         self.give_up_at: float | None = None
         self._settings = settings
-        self._seed = seed
+        self._seed = crc32(session_id.encode())  # devices cut off together must not dial together
         self._attempt = 0
 
     def dial(self, now: float, rtt_ms: float, fresh: bool = True) -> Connect:
@@ -39,12 +41,12 @@ class Dialler:
         self.stream += 1
         return self.stream - 1
 
-    def retry(self, now: float, at_least_ms: float) -> None:
-        """Dial again after the backoff."""
+    def retry(self, now: float, after_ms: float) -> None:
+        """Dial again after what the verifier asked for and the backoff."""
         settings = self._settings
         backoff_ms = min(settings.backoff_initial_ms * 2 ** min(self._attempt, 16), settings.backoff_max_ms)
         jittered_ms = backoff_ms * (0.5 + 0.5 * uniform(self._seed, self.stream))
-        self.next_at = now + max(jittered_ms, at_least_ms) / 1000
+        self.next_at = now + (after_ms + jittered_ms) / 1000
         self._attempt += 1
 
     def progressed(self) -> None:

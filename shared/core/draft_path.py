@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from shared.core.acceptance import Acceptance
 from shared.core.effects import Draft, Rollback
-from shared.core.errors import LocalProtocolError
+from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.link import Link
+from shared.core.messages import Commit
 from shared.core.messages import Draft as DraftMessage
 from shared.core.policies import DraftObservation
 from shared.core.tokens import TokenLog, quantize
@@ -96,6 +97,15 @@ class DraftPath:
         self.wasted_tokens += len(tokens) - common
         return [Rollback(self._engine_len)] if common < len(tokens) else []
 
+    def news(self, commit: Commit, committed_len: int, vocabulary_size: int) -> tuple[int, ...]:
+        """The commit's tokens beyond the committed ones. Raises `RemoteProtocolError` where it does not follow them."""
+        repeated = min(committed_len - commit.start, len(commit.tokens))
+        if repeated < 0 or self.log.match(commit.start, commit.tokens[:repeated]) < repeated:
+            raise RemoteProtocolError(f"commit at {commit.start} does not follow the {committed_len} committed tokens")
+        if max(commit.tokens, default=0) >= vocabulary_size:
+            raise RemoteProtocolError(f"token {max(commit.tokens)} is outside of the vocabulary of {vocabulary_size}")
+        return commit.tokens[repeated:]
+
     def lay(self, start: int, tokens: Sequence[int]) -> tuple[int, list[Rollback]]:
         """Commit tokens at `start`: cut the own path where it differs; returns how many it had right."""
         ahead = len(self.log) - start
@@ -120,6 +130,7 @@ class DraftPath:
 
     def _cut(self, length: int) -> list[Rollback]:
         self.wasted_tokens += len(self.log) - length
+        self.is_exhausted = self.is_exhausted and length == len(self.log)
         self.log.truncate(length)
         del self._confidence[length:]
         self.sent_len = min(self.sent_len, length)

@@ -21,14 +21,12 @@ commit carries its tokens and its start, so a repeated one changes nothing and a
     DONE         -                          -
 
 Going LOCAL comes first and redialling second: the own path is at hand, so the next token appears at once. Each attempt
-dials a fresh connection with a new stream number after a jittered backoff; what a dead stream still delivers carries an
-old number and is dropped.
+has a new stream number (after a jittered backoff): what a dead stream still delivers has an old one and is dropped.
 
 On return the session opens again with its tokens. `continue`: what was shown stands and the cloud goes on from there.
 Showing pauses for at most max_stall_ms, because a token shown now could differ from the commit on its way; if the pause
-expires first, local tokens are shown after all, and the late commit is answered by opening once more (on a warm cache).
+expires first, local tokens are shown after all; the late commit is answered by opening once more, with more patience.
 `revise`: it opens at committed_len and sends the local tail as drafts; what is not accepted is retracted.
-
 Each input returns effects to carry out in order; `wake_at` says when to call `tick`. Times are monotonic seconds.
 """
 
@@ -68,11 +66,12 @@ class EdgeSession:
         self.committed_len = self._opened_len = len(request.prompt)
         self._known_len = 0  # tokens that the verifier is known to have, if it kept its cache
         self._transcript = Transcript(len(request.prompt))
-        self._dialler = Dialler(settings, request.sampling.seed)
+        self._dialler = Dialler(settings, request.session_id)
         self._request = request
         self._settings = settings
         self._policy = policy
         self._hold_until: float | None = None  # until when a pause before local tokens is worth it
+        self._is_slow = False  # the verifier answers, but not within max_stall_ms: wait longer for it next time
         self._patience_until = 0.0
         self._send_at = math.inf  # when drafts that gather are due
         self._max_ahead = 64  # until the first commit tells
@@ -99,7 +98,8 @@ class EdgeSession:
         self.phase = Phase.OPENING
         self.link.opened(now)
         self._patience_until = now + self._settings.patience_ms / 1000
-        hold_ms = self._settings.link.max_stall_ms if was_local else self._settings.patience_ms
+        is_brief, self._is_slow = was_local and not self._is_slow, False
+        hold_ms = self._settings.link.max_stall_ms if is_brief else self._settings.patience_ms
         self._hold_until = None if was_local and revise else now + hold_ms / 1000
         return [self._open(self.committed_len if revise else self._transcript.shown_len), *self._advance(now)]
 
@@ -155,6 +155,7 @@ class EdgeSession:
         if self.phase is Phase.DONE:
             return None
         times = [self._dialler.next_at, self._dialler.give_up_at, self._hold_until]
+        times += [self._patience_until] if self.path.is_exhausted and self._shows_local else []
         if self._is_up:
             times += [self.link.stalled_at, self._patience_until, self.link.next_heartbeat_at, self._send_at]
         return min((time for time in times if time is not None), default=None)
@@ -179,21 +180,18 @@ class EdgeSession:
             self._known_len = self._opened_len
             if self._transcript.shown_len > self._opened_len and self._settings.on_reconnect is OnReconnect.CONTINUE:
                 # Local tokens were shown beyond what this stream was opened with: open once more, from there.
-                self.phase = Phase.LOCAL
+                self.phase, self._is_slow = Phase.LOCAL, True
                 return [Disconnect(self._dialler.stream), self._dialler.dial(now, self.link.rtt_ms, fresh=False)]
             self.phase, self.committed_len = Phase.LINKED, self._opened_len
-        start, log = self.committed_len, self.path.log
-        repeated = min(start - commit.start, len(commit.tokens))
-        if repeated < 0 or log.match(commit.start, commit.tokens[:repeated]) < repeated:
-            raise RemoteProtocolError(f"commit at {commit.start} does not follow the {start} committed tokens")
-        tokens = commit.tokens[repeated:]
+        start = self.committed_len
+        tokens = self.path.news(commit, start, self._request.vocabulary.size)
         self._max_ahead = commit.max_ahead or self._max_ahead
         self.path.sent_len = min(self.path.sent_len, start + self._max_ahead)  # the verifier dropped what is beyond
         matched, rollbacks = self.path.lay(start, tokens)
         self.committed_len = self._known_len = start + len(tokens)
         self._patience_until = now + self._settings.patience_ms / 1000
         self._dialler.progressed()
-        shown = self._transcript.show_committed(log, commit, start, start + matched)
+        shown = self._transcript.show_committed(self.path.log, commit, start, start + matched)
         finished = self._finish(commit.finish) if commit.finish is not Finish.NONE else []
         return [*rollbacks, *shown, *finished]
 
@@ -204,6 +202,8 @@ class EdgeSession:
         if on_disconnect is OnDisconnect.FAIL or (is_final and on_disconnect is OnDisconnect.PAUSE):
             self.phase = Phase.DONE
             return [Disconnect(stream), Finished(Finish.NONE, why)]
+        if self.phase is not Phase.LOCAL or is_final:
+            self._patience_until = now if is_final else now + self._settings.patience_ms / 1000
         self.phase = Phase.LOCAL
         if not is_final:
             self._dialler.retry(now, delay_ms)
@@ -221,7 +221,7 @@ class EdgeSession:
         if self._shows_local:
             effects += self._transcript.show_local(self.path.log)
             ending = self._request.ending(self.path.log)
-            if ending is Finish.NONE and self.path.is_exhausted and self.phase is Phase.LOCAL:
+            if ending is Finish.NONE and self.path.is_exhausted and now >= self._patience_until:
                 ending = Finish.LENGTH
             if ending is not Finish.NONE:
                 return effects + self._finish(ending)

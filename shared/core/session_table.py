@@ -42,6 +42,7 @@ class _Stream:
 class _Parked:
     log: TokenLog
     cached_len: int
+    heard_at: float
 
 
 class SessionTable:
@@ -119,7 +120,7 @@ class SessionTable:
         return effects
 
     def tick(self, now: float) -> list[CloudEffect]:
-        """End the streams that were silent for too long; not during a step, after which it is asked again."""
+        """End streams and forget parked sessions that were silent for too long; `stepped` asks again after a step."""
         if self.is_stepping:
             return []
         timeout = self._settings.idle_timeout_ms / 1000
@@ -127,6 +128,10 @@ class SessionTable:
         effects: list[CloudEffect] = []
         for stream in silent:
             effects += [*self.lost(stream), EndStream(stream)]
+        keep = self._settings.park_timeout_ms / 1000
+        for key in [key for key, parked in self._parked.items() if parked.heard_at + keep <= now]:
+            del self._parked[key]
+            effects.append(Release(key))
         return effects
 
     def wake_at(self) -> float | None:
@@ -135,6 +140,7 @@ class SessionTable:
             return None
         timeout = self._settings.idle_timeout_ms / 1000
         times = [state.heard_at + timeout for state in self._streams.values()]
+        times += [parked.heard_at + self._settings.park_timeout_ms / 1000 for parked in self._parked.values()]
         times += [wake_at for session in self.sessions if (wake_at := session.wake_at()) is not None]
         return min(times, default=None)
 
@@ -166,22 +172,24 @@ class SessionTable:
                 if state.session is not None:  # else it hangs on an Open that was answered by NeedTokens: stale
                     state.session.drafted(message, now)
                 return []
-            case _:  # Close
-                return [*self._drop(stream), EndStream(stream)]
+            case _:  # Close: nobody will come back for it
+                del self._streams[stream]
+                return [*([Release(state.session.key)] if state.session else []), EndStream(stream)]
 
     def _open(self, stream: int, state: _Stream, message: Open, now: float) -> list[CloudEffect]:
-        key = f"{state.identity}/{message.session_id}"
-        effects = self._take_over(key)
         failure = self._refusal(message)
         if failure is not None:
-            return [*effects, *self._fail(stream, failure)]
-        parked = self._parked.get(key, _Parked(TokenLog(), 0))
+            return self._fail(stream, failure)
+        key = f"{state.identity}/{message.session_id}"
+        effects = self._take_over(key)
+        if len(self.sessions) >= self._settings.max_sessions:
+            detail = f"all {self._settings.max_sessions} sessions are in use"
+            busy = Failure(FailureCode.RESOURCE_EXHAUSTED, detail, self._settings.retry_after_ms)
+            return [*effects, *self._fail(stream, busy)]
+        parked = self._parked.get(key, _Parked(TokenLog(), 0, now))
         if message.known_len and not parked.log.has_prefix(message.known_len, message.known_hash):
             return [*effects, Send(stream, NeedTokens())]
         log = TokenLog(parked.log.tokens(0, message.known_len) + message.tokens)
-        if len(log) >= min(message.prompt_len + message.max_new_tokens, self._settings.session.context_length):
-            detail = f"{len(log)} tokens leave no room in a context of {self._settings.session.context_length}"
-            return [*effects, *self._fail(stream, Failure(FailureCode.CONTEXT_LENGTH, detail))]
         cached_len = min(parked.cached_len, parked.log.match(0, log.tokens()), len(log) - 1)
         if cached_len < parked.cached_len:
             effects.append(Truncate(key, cached_len))
@@ -207,9 +215,10 @@ class SessionTable:
         if message.max_new_tokens > limits.max_new_tokens:
             detail = f"max_new_tokens {message.max_new_tokens} is above this verifier's {limits.max_new_tokens}"
             return Failure(FailureCode.INVALID_REQUEST, detail)
-        if len(self.sessions) >= limits.max_sessions:
-            detail = f"all {limits.max_sessions} sessions are in use"
-            return Failure(FailureCode.RESOURCE_EXHAUSTED, detail, limits.retry_after_ms)
+        length = message.known_len + len(message.tokens)
+        if length >= min(message.prompt_len + message.max_new_tokens, limits.session.context_length):
+            detail = f"{length} tokens leave no room in a context of {limits.session.context_length}"
+            return Failure(FailureCode.CONTEXT_LENGTH, detail)
         return self._strange_id(message.tokens)
 
     def _take_over(self, key: str) -> list[CloudEffect]:
@@ -223,7 +232,7 @@ class SessionTable:
         if state is None or state.session is None:
             return []
         session = state.session
-        self._parked[session.key] = _Parked(session.log, session.cached_len)
+        self._parked[session.key] = _Parked(session.log, session.cached_len, state.heard_at)
         return self._evict()
 
     def _evict(self) -> list[CloudEffect]:

@@ -106,4 +106,5 @@ class TableSettings:
     max_sessions: int = 64
     max_new_tokens: int = 4096
     idle_timeout_ms: float = 30_000.0
+    park_timeout_ms: float = 300_000.0  # how long the cache of a lost stream's session is kept for its return
     retry_after_ms: int = 1_000

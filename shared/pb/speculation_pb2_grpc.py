@@ -59,7 +59,8 @@ class VerifierServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """What this verifier serves and how much of it; asked once per connection, before any session.
+        """What this verifier serves and how much of it; asked to explain a refusal: after a vocabulary mismatch, or after the
+        status INTERNAL, which can hide the real one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from shared.core.policies import DraftObservation
 
-_MIN_WORTH = 0.25
+_MIN_WORTH = 0.1
 _SAFETY_MS = 5.0  # land this long before the step: its duration and the round trip vary
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.engine import EngineError
 
+_GGUF_MAGIC = b"GGUF"
 _PACKAGE = "package:"
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<file>.+\.gguf))?")
 _SNAPSHOT_FILES = ["*.json", "*.safetensors"]  # not the other formats that many repositories also hold
@@ -33,6 +34,17 @@ def resolve_model(name: str, what: str) -> Path:
             f"{what} {name!r}: no such file or folder, and not a hub name (org/repo or org/repo/file.gguf)"
         )
     return _from_hub(name, match["repo"], match["file"], what)
+
+
+def check_is_gguf(path: Path) -> None:
+    """Raise `EngineError` unless the file can be read and begins as GGUF does: its readers' own words help nobody."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise EngineError(f"model file {path}: {error.strerror}; check the path in the configuration") from error
+    if magic != _GGUF_MAGIC:
+        raise EngineError(f"model file {path} is not GGUF (it begins with {magic!r}); give a GGUF file")
 
 
 def default_cache_dir() -> Path:

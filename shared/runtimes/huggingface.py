@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.engine import EngineError
-from shared.runtimes.hub import cached_copy, default_cache_dir
+from shared.runtimes.hub import cached_copy, check_is_gguf, default_cache_dir
 from shared.vocabulary import Vocabulary, token_bytes
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Progress | None = None) 
     """
     if path.suffix != ".gguf" or not path.is_file():
         raise EngineError(f"{path}: not a model; give a GGUF file or a folder with config.json and safetensors")
+    check_is_gguf(path)
     folder = cached_copy(path, cache_dir, _CONVERSION)
     if folder.is_dir():
         return folder
@@ -92,21 +93,28 @@ def convert_gguf(path: Path, cache_dir: Path, progress: Progress | None = None) 
 
 
 def read_vocabulary(folder: Path) -> tuple[Vocabulary, frozenset[int]]:
-    """The bytes of each token id, and the ids that end a text, of a converted copy or a Hugging Face folder."""
-    if (folder / _VOCABULARY_FILE).is_file():
-        stored = json.loads((folder / _VOCABULARY_FILE).read_text())
-        return Vocabulary(tuple(text.encode("latin-1") for text in stored["tokens"])), frozenset(stored["stop_ids"])
-    if not (folder / "tokenizer.json").is_file():
+    """The bytes of each token id, and the ids that end a text, of a converted copy or a Hugging Face folder.
+
+    Raises `EngineError` with the name of the file that is not there or damaged.
+    """
+    converted, tokenizer = folder / _VOCABULARY_FILE, folder / "tokenizer.json"
+    if converted.is_file():
+        with _parsing(converted):
+            stored = json.loads(converted.read_text())
+            return Vocabulary(tuple(text.encode("latin-1") for text in stored["tokens"])), frozenset(stored["stop_ids"])
+    if not tokenizer.is_file():
         raise EngineError(
             f"{folder}: no tokenizer.json; write one with AutoTokenizer.from_pretrained(...).save_pretrained"
         )
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    with _parsing(tokenizer):
+        vocabulary = _tokenizer_vocabulary(json.loads(tokenizer.read_text(encoding="utf-8")))
     stop_ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            eos = json.loads((folder / name).read_text()).get("eos_token_id")
-            stop_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return _tokenizer_vocabulary(tokenizer), frozenset(stop_ids)
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.is_file():
+            with _parsing(file):
+                eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                stop_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return vocabulary, frozenset(stop_ids)
 
 
 def gguf_vocabulary(path: Path) -> tuple[Vocabulary, frozenset[int]]:
@@ -144,6 +152,16 @@ def refusal(config: "PretrainedConfig") -> str:
     if rope_type in _ROPE_BY_LENGTH:
         return f"{rope_type!r} position embeddings depend on the longest row, so a token would depend on its neighbours"
     return ""
+
+
+@contextlib.contextmanager
+def _parsing(file: Path) -> Iterator[None]:
+    """Whatever text that is not JSON, or JSON of another shape, makes its reader raise, as `EngineError`."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EngineError(f"{file}: damaged or of an unknown kind ({reason}); fetch the model again") from error
 
 
 def _tokenizer_vocabulary(tokenizer: dict[str, Any]) -> Vocabulary:

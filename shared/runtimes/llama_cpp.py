@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.engine import EngineError
+from shared.runtimes.hub import check_is_gguf
 from shared.vocabulary import Vocabulary, token_bytes
 
-_MAGIC = b"GGUF"
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
 _DECODE_ERRORS = {1: "the cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
@@ -54,20 +54,10 @@ def _complaint() -> str:
     return line
 
 
-def _check_is_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-    except OSError as error:
-        raise EngineError(f"model file {path}: {error.strerror}; check the path in the configuration") from error
-    if magic != _MAGIC:
-        raise EngineError(f"model file {path} is not GGUF (it begins with {magic!r}); llama.cpp reads GGUF files only")
-
-
 def quantize(path: Path, to: str, destination: Path) -> None:
     """Write the GGUF model at `path` once more with its weights as `to` (`q8_0`). Raises `EngineError`."""
     library = _library()
-    _check_is_gguf(path)
+    check_is_gguf(path)
     params = library.llama_model_quantize_default_params()
     params.ftype = {"q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0}[to]
     params.allow_requantize = True
@@ -80,13 +70,13 @@ class LlamaModel:
 
     def __init__(self, path: Path, *, gpu_layers: int = -1) -> None:
         """Load the file, with `gpu_layers` layers on the GPU if there is one (-1: all). Raises `EngineError`."""
-        _check_is_gguf(path)
+        check_is_gguf(path)
         self.path = path
         self._lib = _library()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         _error_lines.clear()
-        self.handle = self._lib.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = self._lib.llama_model_load_from_file(bytes(path), params)
         if not self.handle:
             raise EngineError(
                 f"model file {path} cannot be loaded: {_complaint()}; check that the download is complete"

@@ -77,7 +77,14 @@ def play(seed: int) -> Outcome:
         prefill_chunk_tokens=random.choice((8, 256)),
     )
     sessions = 1 if random.random() < 0.8 else 3
-    settings = TableSettings(cloud, TOY_VOCABULARY, max_sessions=sessions, idle_timeout_ms=2_500.0, retry_after_ms=300)
+    settings = TableSettings(
+        cloud,
+        TOY_VOCABULARY,
+        max_sessions=sessions,
+        idle_timeout_ms=2_500.0,
+        park_timeout_ms=4_000.0,
+        retry_after_ms=300,
+    )
     world = World(seed, model, target, settings)
     link_only = True
     for index in range(sessions):
@@ -191,6 +198,6 @@ def _check_budget(world: World, edge: SimEdge) -> None:
     for way, spent in (("up", edge.bytes_up), ("down", edge.bytes_down)):
         if spent / tokens > BUDGET_BYTES:
             world.checks.violated(edge, world.now, f"{spent / tokens:.1f} bytes {way} per token")
-    rate = edge.messages_up / edge.user.gap_since  # the last token ends the text
+    rate = (edge.messages_up - 2) / edge.user.gap_since  # the Open and the Close are not steady state
     if rate > BUDGET_MESSAGES_PER_S:
         world.checks.violated(edge, world.now, f"{rate:.1f} messages up per second")

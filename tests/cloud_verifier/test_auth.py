@@ -10,6 +10,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from cloud_verifier.auth import identity, server_credentials
 from cloud_verifier.config import load_cloud_config
@@ -95,6 +96,17 @@ def test_the_token_opens_everything_and_health_needs_none() -> None:
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     serve_and(test, server__token="secret")
+
+
+@pytest.mark.parametrize(("address", "num_warnings"), [("0.0.0.0:0", 1), ("127.0.0.1:0", 0)])
+def test_tokens_that_others_can_read_are_warned_of_once(address: str, num_warnings: int) -> None:
+    async def test(_: str) -> None:
+        pass
+
+    with capture_logs() as logs:
+        serve_and(test, server__address=address, server__token="secret")
+    warned = [entry["address"] for entry in logs if entry["log_level"] == "warning"]
+    assert warned == [address] * num_warnings
 
 
 class Authority:

@@ -305,7 +305,7 @@ def test_nothing_is_planned_over_a_step() -> None:
 def test_repr_is_the_whole_state() -> None:
     session = session_of()
     session.drafted(draft_on(session, 5), now=0.0)
-    state = "3 committed, 2 cached, 3 acknowledged, <DraftTree 1 pending, depth 1>, acceptance 0.80"
+    state = "3 committed, 2 cached, 3 acknowledged, <DraftTree 1 pending, depth 1>, acceptance 0.80 at 0 ms"
     assert repr(session) == f"<CloudSession me/s ready: {state}>"
     planned(session)
     assert repr(session) == f"<CloudSession me/s stepping: {state}>"

@@ -214,8 +214,29 @@ def test_local_text_ends_at_the_limit() -> None:
 
 
 def test_local_text_ends_where_the_draft_context_does() -> None:
+    """Not at once, for the cloud may return and go on; but not for ever either."""
     session = local()
-    assert session.drafted((), (), 1.1)[-1] == Finished(Finish.LENGTH)
+    assert of_type(session.drafted((), (), 1.1), Finished) == []
+    ends_at = 1.1
+    while session.phase is not Phase.DONE:
+        wake_at = session.wake_at()
+        assert wake_at is not None
+        ends_at = wake_at
+        effects = session.tick(ends_at)
+    assert effects[-1] == Finished(Finish.LENGTH)
+    assert ends_at <= 1.1 + SETTINGS.patience_ms / 1000
+
+
+def test_offline_text_ends_at_once_where_the_draft_context_does() -> None:
+    session = EdgeSession(REQUEST, replace(SETTINGS, offline=True), Ahead(2))
+    session.start(0.0)
+    assert session.drafted((), (), 0.1)[-1] == Finished(Finish.LENGTH)
+
+
+def test_token_outside_of_the_vocabulary_is_the_peers_error() -> None:
+    session = linked()
+    with pytest.raises(RemoteProtocolError, match="outside of the vocabulary"):
+        session.receive(1, Commit(session.committed_len, (1_000,)), 0.1)
 
 
 def test_text_that_ends_while_the_session_opens_closes_the_stream() -> None:

@@ -65,8 +65,8 @@ samplings = st.builds(
     frequency_penalty=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 2**64 - 1),
 )
-# Few distinct values make ties; large spreads make tiny probabilities. Rounded, because differences that vanish once the
-# peak is subtracted (1e-35 beside 1.0) tie in the rule, but not in the oracle's ranking.
+# Few distinct values make ties; large spreads make tiny probabilities. Rounded, because differences that vanish once
+# the peak is subtracted (1e-35 beside 1.0) tie in the rule, but not in the oracle's ranking.
 logit_values = st.sampled_from([-math.inf, -3.0, 0.0, 0.5, 2.0]) | st.floats(-30, 30, width=32).map(
     lambda value: round(value, 4)
 )

@@ -150,11 +150,36 @@ def test_streams_that_ended_are_not_heard() -> None:
     assert table.lost(9) == []
 
 
-def test_close_ends_the_stream_and_parks_the_session() -> None:
+def test_close_ends_the_stream_and_frees_the_session() -> None:
     table = table_of()
     opened(table, 1)
-    assert table.receive(1, Close("stop"), 0.0) == [EndStream(1)]
-    assert repr(table) == "<SessionTable 0 streams, 1 parked: >"
+    assert table.receive(1, Close("stop"), 0.0) == [Release("me/s"), EndStream(1)]
+    assert repr(table) == "<SessionTable 0 streams, 0 parked: >"
+
+
+def test_close_before_any_open_ends_the_stream() -> None:
+    table = table_of()
+    table.opened(1, "me", now=0.0)
+    assert table.receive(1, Close(), 0.0) == [EndStream(1)]
+
+
+def test_parked_session_is_freed_after_a_while() -> None:
+    table = table_of()
+    opened(table, 1)
+    table.lost(1)
+    wake_at = table.wake_at()
+    assert wake_at == 300.0
+    assert table.tick(wake_at - 1) == []
+    assert table.tick(wake_at) == [Release("me/s")]
+    assert table.wake_at() is None
+
+
+def test_refused_open_leaves_the_live_session_alone() -> None:
+    table = table_of()
+    opened(table, 1)
+    refused = opened(table, 2, replace(OPEN, protocol=99))
+    assert EndStream(1) not in refused
+    assert len(table.sessions) == 1
 
 
 def test_stream_without_a_session_may_go() -> None:
@@ -360,7 +385,7 @@ def test_finished_session_keeps_its_stream_until_the_edge_closes_it() -> None:
     _, commit = step(table, 7)
     assert commit == Send(1, Commit(3, (7,), finish=Finish.LENGTH, verify_ms=1.0, max_ahead=8))
     assert table.plan(0.0) == []
-    assert table.receive(1, Close(), 0.0) == [EndStream(1)]
+    assert table.receive(1, Close(), 0.0) == [Release("me/s"), EndStream(1)]
 
 
 @pytest.mark.parametrize("tokens", [(1, 2, 1_000), (1_000, 2, 3)])

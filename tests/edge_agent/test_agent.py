@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
+from edge_agent.channel import Channel
 from shared.core.effects import Confirm, Emit, Finished, Retract
 from shared.core.messages import FailureCode, Finish, Sampling, Want
 from shared.core.policies import DraftObservation
@@ -115,6 +116,26 @@ class TestLinked:
             assert set(shown.provenance) == {LOCAL}
             assert shown.finished == Finished(Finish.LENGTH)
 
+        in_lab(test)
+
+    def test_a_verifier_that_does_not_tell_its_vocabulary_is_not_waited_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def describe(_: Channel) -> None:
+            await asyncio.Event().wait()
+
+        async def test(lab: Lab) -> None:
+            other = Vocabulary((b"0", b"one", b"2"))
+            async with lab.agent(CountingDraft(), vocabulary=other) as agent:
+                shown = await collect(agent, replace(asking(), vocabulary=other.fingerprint))
+            (refused,) = shown.refused
+            assert refused.code == FailureCode.VOCABULARY_MISMATCH.name
+            assert refused.detail
+            assert "id 1" not in refused.detail
+            assert shown.finished == Finished(Finish.LENGTH)
+
+        monkeypatch.setattr(Channel, "describe", describe)
+        monkeypatch.setattr("edge_agent.agent._NAMING_S", 0.05)
         in_lab(test)
 
 

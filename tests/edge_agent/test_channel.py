@@ -253,6 +253,23 @@ class TestWhoWeAre:
 
         in_lab(test, server__token=TOKEN)
 
+    @pytest.mark.parametrize(
+        ("address", "token", "tls", "num_warnings"),
+        [
+            ("cloud.example:1", TOKEN, False, 1),
+            ("cloud.example:1", TOKEN, True, 0),
+            ("cloud.example:1", None, False, 0),
+            ("127.0.0.1:1", TOKEN, False, 0),
+        ],
+    )
+    def test_a_token_that_others_can_read_is_warned_of_once(
+        self, address: str, token: str | None, tls: bool, num_warnings: int
+    ) -> None:
+        with capture_logs() as logs:
+            Channel(verifier_config(address, tls__enabled=tls), token)
+        assert [(entry["log_level"], entry["address"]) for entry in logs] == [("warning", address)] * num_warnings
+        assert TOKEN not in repr(logs)
+
     def test_client_certificates(self, tmp_path: Path) -> None:
         authority, stranger = Authority(tmp_path, "ca"), Authority(tmp_path, "other")
         cert, key = authority.issue("server")

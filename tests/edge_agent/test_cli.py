@@ -1,22 +1,26 @@
 """`edge-agent run` without a model: the command line, a toy tokenizer and a toy draft."""
 
 import asyncio
+import io
 import json
 import logging
 import os
 import signal
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 
 from edge_agent import __main__ as cli
-from edge_agent.config import load_edge_config
-from edge_agent.engines import LoadedDraft
-from shared.core.messages import Want
+from edge_agent.agent import EdgeAgent, Event
+from edge_agent.config import DraftConfig, load_edge_config
+from edge_agent.engines import LoadedDraft, load_draft
+from shared.core.effects import Finished, Refused
+from shared.core.messages import Finish, Want
+from shared.core.settings import Request
 from shared.engine import DraftEngine, EngineError, Proposal
 from shared.testing.engines import HashModel, ToyDraft
 from shared.vocabulary import Vocabulary
@@ -56,13 +60,21 @@ def toy(engine: DraftEngine | None = None) -> LoadedDraft:
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """The command with these arguments on a toy; returns its exit code."""
 
-    def call(*arguments: str, engine: DraftEngine | None = None) -> int:
+    def call(
+        *arguments: str,
+        prompt: str = "hello",
+        engine: DraftEngine | None = None,
+        load: Callable[[DraftConfig, Path], LoadedDraft] | None = None,
+        **settings: str,
+    ) -> int:
         for name in [name for name in os.environ if name.startswith("OUTRIDER_")]:
             monkeypatch.delenv(name)
+        for name, value in settings.items():
+            monkeypatch.setenv(f"OUTRIDER_EDGE_{name.upper()}", value)
         monkeypatch.setenv("OUTRIDER_EDGE_GENERATION__CHAT", "false")
         monkeypatch.setattr(cli, "resolve_model", lambda *_: Path("toy.gguf"))
-        monkeypatch.setattr(cli, "load_draft", lambda *_: toy(engine))
-        monkeypatch.setattr(sys, "argv", ["edge-agent", "run", "hello", *arguments])
+        monkeypatch.setattr(cli, "load_draft", load or (lambda *_: toy(engine)))
+        monkeypatch.setattr(sys, "argv", ["edge-agent", "run", prompt, *arguments])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         return int(exit_.value.code or 0)
@@ -93,15 +105,70 @@ def test_json_ends_with_the_statistics(run: Run, capsys: pytest.CaptureFixture[s
 
 def test_a_verifier_that_is_not_there_costs_no_token(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--verifier", NOBODY, "--max-new-tokens", "5") == 0
-    assert len(capsys.readouterr().out.split()) == 5
+    output = capsys.readouterr()
+    assert len(output.out.split()) == 5
+    assert output.err == f"edge-agent: no verifier was reached at {NOBODY}; the answer is local and unverified\n"
 
 
 def test_an_answer_given_up_says_why_on_a_line_of_its_own(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "edge.yaml").write_text("link: {on_disconnect: fail}")
-    assert run("--verifier", NOBODY, "--config", str(tmp_path / "edge.yaml")) == cli.EXIT_REFUSED
-    assert capsys.readouterr() == ("\n", "edge-agent: the verifier cannot be reached\n")
+    assert run("--verifier", NOBODY, "--config", str(tmp_path / "edge.yaml")) == cli.EXIT_LINK
+    line = "edge-agent: the verifier cannot be reached; the answer ends here (link.on_disconnect: fail)\n"
+    assert capsys.readouterr() == ("\n", line)
+
+
+@pytest.mark.parametrize(
+    ("on_disconnect", "then"),
+    [
+        ("continue", "what followed is local and unverified"),
+        ("pause", "the answer ends here"),
+        ("fail", "the answer ends here"),
+    ],
+)
+def test_a_refusal_says_what_became_of_the_answer(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, on_disconnect: str, then: str
+) -> None:
+    answer = EdgeAgent.answer
+
+    async def refused(agent: EdgeAgent, request: Request) -> AsyncIterator[Event]:
+        yield Refused("UNAUTHENTICATED", "the token is wrong")
+        if on_disconnect == "continue":
+            async for event in answer(agent, request):
+                yield event
+        else:
+            yield Finished(Finish.NONE, "the token is wrong")
+
+    monkeypatch.setattr(EdgeAgent, "answer", refused)
+    monkeypatch.setattr(EdgeAgent, "report", lambda _: {"num_steps": 0, "messages_down": 0})
+    code = run("--verifier", NOBODY, "--max-new-tokens", "5", link__on_disconnect=on_disconnect)
+    assert code == cli.EXIT_REFUSED
+    assert capsys.readouterr().err == f"edge-agent: the verifier refused: the token is wrong; {then}\n"
+
+
+@pytest.mark.parametrize("given", ["argument", "stdin"])
+def test_a_prompt_that_is_not_utf_8_is_a_mistake_in_one_line(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve"), encoding="utf-8"))
+    prompt = os.fsdecode(b"na\xefve") if given == "argument" else "-"
+    assert run("--local", prompt=prompt) == cli.EXIT_MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("edge-agent: the prompt is not UTF-8 text; ")
+
+
+def test_a_cache_folder_that_cannot_be_is_a_mistake_in_one_line(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model))  # a file
+    code = run("--local", load=lambda config, _: load_draft(config, model), draft__quantization="q8_0")
+    assert code == cli.EXIT_MISTAKE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("edge-agent: ")
+    assert str(model) in line
 
 
 def test_certificates_that_are_none_are_a_mistake_in_one_line(

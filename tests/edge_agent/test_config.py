@@ -55,7 +55,8 @@ def test_every_sampling_setting_reaches_the_wire() -> None:
         ({"sampling__seed": -1}, "sampling.seed: expected a whole number from 0 to 18446744073709551615, got -1"),
         ({"link__on_disconnect": "wait"}, "link.on_disconnect: expected one of continue, pause, fail, got wait"),
         ({"link__backoff_initial_ms": 900}, "link: backoff_initial_ms (900) is above backoff_max_ms (250)"),
-        ({"link__heartbeat_ms": 700}, "link: heartbeat_ms (700) is above max_stall_ms (600); a quiet link would"),
+        ({"link__heartbeat_ms": 301}, "link: heartbeat_ms (301) is above half of max_stall_ms (600); a quiet link"),
+        ({"link__patience_ms": 599}, "link: patience_ms (599) is below max_stall_ms (600); a live link would be given"),
         ({"verifier__address": "cloud"}, "verifier.address: expected host:port, [ipv6]:port or unix:path, got 'cloud'"),
         ({"verifier__tls__server_name": "a"}, "verifier.tls: TLS files or a server_name are set but TLS is off"),
         ({"draft__model": ""}, "draft.model: expected text, got "),
@@ -65,6 +66,11 @@ def test_mistakes(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(**overrides)
     assert str(caught.value).startswith(f"command line: {message}")
+
+
+def test_the_limits_of_the_link_themselves_are_legal() -> None:
+    link = load(link__max_stall_ms=600, link__heartbeat_ms=300, link__patience_ms=600).link
+    assert (link.max_stall_ms, link.heartbeat_ms, link.patience_ms) == (600, 300, 600)
 
 
 def test_tls(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SAMPLED = Sampling(temperature=0.8, top_p=0.95, seed=1234)
 
 @dataclass
 class Shown:
-    """What the user had in front of them at the end."""
+    """What the user had in front of them at the end, and what was taken back or only local on the way there."""
 
     tokens: list[int] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
@@ -44,6 +44,7 @@ class Shown:
     finished: Finished | None = None
     report: dict[str, Any] = field(default_factory=dict)
     retracted: int = 0
+    ever_local: int = 0
 
     def take(self, event: Emit | Confirm | Retract | Refused | Finished, prompt_len: int) -> None:
         """Apply one event; a gap or an overlap fails at once."""
@@ -52,6 +53,7 @@ class Shown:
                 assert start == prompt_len + len(self.tokens), "lost or doubled tokens"
                 self.tokens += tokens
                 self.provenance += provenance
+                self.ever_local += provenance.count(Provenance.LOCAL)
             case Retract(length=length):
                 self.retracted += prompt_len + len(self.tokens) - length
                 del self.tokens[length - prompt_len :]

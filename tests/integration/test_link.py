@@ -1,7 +1,6 @@
 """Promises 2 and 3 on the real pair over an emulated link of 50 ms."""
 
 import asyncio
-import time
 from typing import Literal
 
 import pytest
@@ -61,6 +60,7 @@ def test_answer_goes_on_through_a_cut_and_is_verified_again(
     prompt, shown = run(main())
     assert shown.finished is not None
     assert shown.finished.finish in (Finish.LENGTH, Finish.STOP)
+    assert shown.ever_local > 0, "the link was down long enough for local tokens"
     if on_reconnect == "continue":
         local = [index for index, source in enumerate(shown.provenance) if source is Provenance.LOCAL]
         assert local
@@ -77,6 +77,7 @@ def test_no_verifier_at_start_is_local_from_the_first_token(draft: LoadedDraft) 
     config = edge_config("127.0.0.1:1", generation__max_new_tokens=12)  # nothing listens on port 1
     shown = run(answer(config, draft, PROMPTS[0], GREEDY))
     assert shown.provenance == [Provenance.LOCAL] * 12
+    assert shown.report["local_tokens"] == shown.report["tokens"] == 12
 
 
 def test_verifier_that_appears_later_takes_over(target: Target, draft: LoadedDraft) -> None:
@@ -92,14 +93,6 @@ def test_verifier_that_appears_later_takes_over(target: Target, draft: LoadedDra
     shown = run(main())
     assert shown.provenance[0] is Provenance.LOCAL
     assert shown.provenance[-1] is not Provenance.LOCAL
-
-
-def test_stall_statistics_see_the_gap(draft: LoadedDraft) -> None:
-    begun = time.monotonic()
-    config = edge_config("127.0.0.1:1", generation__max_new_tokens=6)
-    report = run(answer(config, draft, PROMPTS[0], GREEDY)).report
-    assert 0 < report["max_itl_ms"] <= (time.monotonic() - begun) * 1000
-    assert report["local_tokens"] == report["tokens"] == 6
 
 
 async def restore(proxy: LinkProxy) -> None:

@@ -115,11 +115,35 @@ def test_the_vocabulary_of_a_folder_is_read_from_its_tokenizer(
     assert read_vocabulary(tmp_path) == (Vocabulary(tokens), frozenset({2, 4}))
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"model": '),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"vocab": 5}}'),
+        ("config.json", "[]"),
+        ("generation_config.json", "no JSON"),
+        ("outrider_vocabulary.json", "{}"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (tmp_path / file).write_text(text)
+    with pytest.raises(EngineError, match="damaged or of an unknown kind") as caught:
+        read_vocabulary(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / file}: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_what_is_not_a_model_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(EngineError, match="not a model; give a GGUF file or a folder"):
         load_causal_lm(tmp_path / "notes.txt")
+    (tmp_path / "archive.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(EngineError, match=r"archive\.gguf is not GGUF \(it begins with b'PK"):
+        load_causal_lm(tmp_path / "archive.gguf", cache_dir=tmp_path / "cache")
     with pytest.raises(EngineError, match=r"damaged\.gguf: cannot be loaded: "):
         load_causal_lm(tmp_path / "damaged.gguf", cache_dir=tmp_path / "cache")
 
@@ -128,7 +152,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, cache = tmp_path / "model.gguf", tmp_path / "cache"
-    file.write_bytes(b"weights")
+    file.write_bytes(b"GGUF weights")
     calls: list[str] = []
 
     def killed(_path: Path, folder: Path, _progress: huggingface.Progress) -> None:
@@ -150,7 +174,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(
     assert stages == ["converting model.gguf, once"]
     assert convert_gguf(file, cache) == folder
     assert calls == ["model.gguf"]
-    file.write_bytes(b"other weights")
+    file.write_bytes(b"GGUF other weights")
     assert convert_gguf(file, cache) != folder
 
 

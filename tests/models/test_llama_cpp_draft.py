@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.config import DraftConfig
-from edge_agent.engines import load_draft
 from edge_agent.engines.chat import TextStream, chat_prompt, render_chat
 from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.selftest import check_draft
@@ -17,7 +15,8 @@ from shared.core.messages import Sampling
 from shared.core.selection import probability, select
 from shared.engine import DraftEngine, EngineError
 from shared.runtimes import llama_cpp as runtime
-from shared.runtimes.llama_cpp import LlamaContext, LlamaModel, quantize
+from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
+from shared.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.models
 
@@ -196,6 +195,16 @@ class TestDraft:
             tokens.append(token)
         context.close()
 
+    def test_ids_beyond_the_vocabulary_are_never_drafted(
+        self, engine: LlamaCppDraft, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine.reset(prompt, GREEDY, len(prompt))
+        likeliest = engine.propose(1)
+        monkeypatch.setattr(engine.model, "vocabulary", Vocabulary((*[b"x"] * likeliest.tokens[0], b"", b"")))
+        engine.reset(prompt, GREEDY, len(prompt))
+        proposal = engine.propose(1)
+        assert proposal.tokens[0] < likeliest.tokens[0]
+
     def test_it_drafts_sense(self, engine: LlamaCppDraft, prompt: list[int]) -> None:
         engine.reset(prompt, GREEDY, len(prompt))
         text = b"".join(engine.model.token_piece(token) for token in engine.propose(4).tokens)
@@ -370,25 +379,3 @@ class TestChat:
         assert [stream.push(bytes([byte])) for byte in data] == ["", "é", "", "", "", "😀"]
         assert stream.push(data[:1]) == ""
         assert stream.finish() == "\ufffd"
-
-
-def test_requantized_copy_is_made_once_and_drafts(
-    default_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = DraftConfig(engine="llama_cpp", model="unused", quantization="q8_0", threads=1, context_tokens=256)
-    for _ in range(2):
-        loaded = load_draft(config, default_model_path)
-        tokens = loaded.model.tokenize("The capital of France is")
-        loaded.engine.reset(tokens, Sampling(), len(tokens))
-        assert loaded.model.token_piece(loaded.engine.propose(1).tokens[0]) == b" Paris"
-        loaded.engine.close()
-    (copy,) = (tmp_path / "outrider").iterdir()
-    assert copy.name.endswith(".q8_0.gguf")
-
-
-def test_what_is_not_gguf_is_not_requantized(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"no")
-    with pytest.raises(EngineError, match="not GGUF"):
-        quantize(tmp_path / "model.gguf", "q8_0", tmp_path / "copy.gguf")
-    assert not (tmp_path / "copy.gguf").exists()

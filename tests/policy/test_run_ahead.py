@@ -24,7 +24,7 @@ def test_fast_drafts_come_in_chunks_that_no_commit_waits_long_for(draft_ms: floa
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "depth"), [(0.0, 1), (0.2, 1), (0.5, 2), (0.9, 13), (0.98, 48), (0.999, 48), (1.0, 48)]
+    ("acceptance", "depth"), [(0.0, 1), (0.2, 1), (0.5, 3), (0.9, 21), (0.98, 48), (0.999, 48), (1.0, 48)]
 )
 def test_depth_ends_where_a_token_is_hardly_worth_drafting(acceptance: float, depth: int) -> None:
     seen = replace(SEEN, acceptance=acceptance, draft_ms=0.1)
