@@ -189,6 +189,10 @@ class SessionTable:
         parked = self._parked.get(key, _Parked(TokenLog(), 0, now))
         if message.known_len and not parked.log.has_prefix(message.known_len, message.known_hash):
             return [*effects, Send(stream, NeedTokens())]
+        length = message.known_len + len(message.tokens)  # hashing a log takes 0.3 s per million tokens: look first
+        if length >= min(message.prompt_len + message.max_new_tokens, self._settings.session.context_length):
+            detail = f"{length} tokens leave no room in a context of {self._settings.session.context_length}"
+            return [*effects, *self._fail(stream, Failure(FailureCode.CONTEXT_LENGTH, detail))]
         log = TokenLog(parked.log.tokens(0, message.known_len) + message.tokens)
         cached_len = min(parked.cached_len, parked.log.match(0, log.tokens()), len(log) - 1)
         if cached_len < parked.cached_len:
@@ -215,10 +219,6 @@ class SessionTable:
         if message.max_new_tokens > limits.max_new_tokens:
             detail = f"max_new_tokens {message.max_new_tokens} is above this verifier's {limits.max_new_tokens}"
             return Failure(FailureCode.INVALID_REQUEST, detail)
-        length = message.known_len + len(message.tokens)
-        if length >= min(message.prompt_len + message.max_new_tokens, limits.session.context_length):
-            detail = f"{length} tokens leave no room in a context of {limits.session.context_length}"
-            return Failure(FailureCode.CONTEXT_LENGTH, detail)
         return self._strange_id(message.tokens)
 
     def _take_over(self, key: str) -> list[CloudEffect]:

@@ -88,6 +88,8 @@ class Pair:
                     self._edge(self.session.receive(stream, message, self.now))
                 case fx.Keep(session_id=key, start=start, rows=rows):
                     self._target.keep(key, start, rows)
+                case fx.Release(session_id=key):
+                    self._target.release(key)
                 case fx.EndStream():
                     pass  # after the edge's Close
                 case _:

@@ -243,7 +243,7 @@ def test_what_a_step_leaves_to_do_comes_before_the_next_forward() -> None:
         inbox = lab.stream()
         await inbox.post(opening(n=3))
         await inbox.commits()
-        await inbox.post(Close())
+        lab.worker.lost(inbox.number)
         again = lab.stream()
         await again.post(opening(n=5, tokens=(*PROMPT, 1)))
         await again.commits()
