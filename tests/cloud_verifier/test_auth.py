@@ -196,7 +196,8 @@ class FakeContext:
 
 def test_an_identity_is_stable_and_tells_callers_apart() -> None:
     def name(token: str | None, *certificate: bytes) -> str:
-        return identity(None if token is None else SecretStr(token), FakeContext(*certificate))  # type: ignore[arg-type]
+        context = FakeContext(*certificate)
+        return identity(None if token is None else SecretStr(token), context)  # type: ignore[arg-type]  # a fake
 
     assert name(None) == ""
     assert name("t") == name("t") == "e3b98a4da31a127d"
