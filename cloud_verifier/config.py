@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from shared.config import Address, ExistingFile, LogConfig, Section, TlsConfig, TokenSection, is_loopback, load_config
-from shared.core.messages import Fingerprint
+from shared.core.kv_blocks import BLOCK_TOKENS
 from shared.core.settings import CloudSettings, SelfDecode, TableSettings
+from shared.engine import TargetEngine
+from shared.policy.scheduler import BestRate
 
 ENV_PREFIX = "OUTRIDER_CLOUD_"
 DEFAULTS = Path(__file__).with_name("default.yaml")
@@ -24,6 +26,7 @@ class TargetConfig(Section):
     device: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=1024)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]
+    kv_cache_mb: Annotated[int, Field(ge=1, le=4_194_304)]
     cache_dir: Path | None
 
 
@@ -61,8 +64,10 @@ class SpeculationConfig(Section):
     self_decode: SelfDecode
     max_draft_rows: Annotated[int, Field(ge=1, le=256)]
     max_pending_tokens: Annotated[int, Field(ge=1, le=4096)]
+    max_pending_in_all: Annotated[int, Field(ge=1, le=1_048_576)]
     window_tokens: Annotated[int, Field(ge=1, le=4096)]
     prefill_chunk_tokens: Annotated[int, Field(ge=16, le=8192)]
+    max_step_ms: Annotated[float, Field(ge=1, le=60_000)]
 
 
 class LimitsConfig(Section):
@@ -70,7 +75,10 @@ class LimitsConfig(Section):
 
     max_sessions: Annotated[int, Field(ge=1, le=65_536)]
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)]
+    max_tpot_ms: Annotated[float, Field(gt=0)] | None
     idle_timeout_s: Annotated[float, Field(ge=1, le=86_400)]
+    keep_cache_s: Annotated[float, Field(ge=0, le=86_400)]
+    share_across_identities: bool
 
 
 class MetricsConfig(Section):
@@ -90,15 +98,44 @@ class CloudConfig(Section):
     metrics: MetricsConfig
     log: LogConfig
 
-    def table_settings(self, vocabulary: Fingerprint, max_context: int) -> TableSettings:
-        """The core's limits for a target with this vocabulary and at most `max_context` tokens a session."""
-        context_length = min(self.target.context_tokens, max_context)
+    def table_settings(self, engine: TargetEngine) -> TableSettings:
+        """The core's limits on this target."""
+        speculation, limits = self.speculation, self.limits
+        cache_blocks = engine.limits.cache_tokens // BLOCK_TOKENS
+        session = CloudSettings(
+            context_length=min(
+                self.target.context_tokens,
+                engine.capabilities.max_context,
+                cache_blocks * BLOCK_TOKENS - speculation.max_draft_rows,  # a step's drafts lie in the cache too
+            ),
+            self_decode=speculation.self_decode,
+            max_draft_rows=speculation.max_draft_rows,
+            max_pending_tokens=speculation.max_pending_tokens,
+            window_tokens=speculation.window_tokens,
+        )
+        max_active = limits.max_sessions
+        if limits.max_tpot_ms is not None:
+            counts = range(1, limits.max_sessions + 1)
+            max_active = max((count for count in counts if engine.cost_ms(count) <= limits.max_tpot_ms), default=1)
         return TableSettings(
-            session=CloudSettings(context_length, **self.speculation.model_dump()),
-            vocabulary=vocabulary,
-            max_sessions=self.limits.max_sessions,
-            max_new_tokens=self.limits.max_new_tokens,
-            idle_timeout_ms=self.limits.idle_timeout_s * 1000,
+            session=session,
+            vocabulary=engine.fingerprint,
+            cache_blocks=cache_blocks,
+            cache_sessions=engine.limits.cache_sessions,
+            max_sessions=limits.max_sessions,
+            max_active_sessions=max_active,
+            max_pending_in_all=speculation.max_pending_in_all,
+            max_new_tokens=limits.max_new_tokens,
+            share_across_identities=limits.share_across_identities,
+            idle_timeout_ms=limits.idle_timeout_s * 1000,
+            park_timeout_ms=limits.keep_cache_s * 1000,
+        )
+
+    def step_policy(self, engine: TargetEngine) -> BestRate:
+        """Who is served by each step."""
+        speculation = self.speculation
+        return BestRate(
+            engine.cost_ms, engine.limits.max_rows, speculation.prefill_chunk_tokens, speculation.max_step_ms
         )
 
 

@@ -13,7 +13,6 @@ from cloud_verifier.server import VerifierServer
 from cloud_verifier.worker import Worker
 from shared.core.settings import TableSettings
 from shared.metrics import VerifierMetrics, serve_metrics
-from shared.policy.step_rule import BestRate
 from shared.wire import Description
 
 
@@ -29,7 +28,10 @@ class RunningVerifier:
 
 @contextlib.asynccontextmanager
 async def serving(
-    config: CloudConfig, target: Target, registry: CollectorRegistry | None = None
+    config: CloudConfig,
+    target: Target,
+    registry: CollectorRegistry | None = None,
+    metrics: VerifierMetrics | None = None,
 ) -> AsyncIterator[RunningVerifier]:
     """Serve `target` while the context lasts; then end the streams and stop.
 
@@ -38,8 +40,8 @@ async def serving(
     """
     registry = registry or CollectorRegistry()
     engine = target.engine
-    settings = config.table_settings(engine.fingerprint, engine.capabilities.max_context)
-    worker = Worker(engine, settings, BestRate(engine.cost_ms), VerifierMetrics(registry))
+    settings = config.table_settings(engine)
+    worker = Worker(engine, settings, config.step_policy(engine), metrics or VerifierMetrics(registry))
     server = VerifierServer(worker, _describe(target, settings), config)
     with contextlib.ExitStack() as stack:
         metrics_port = None

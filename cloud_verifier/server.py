@@ -126,7 +126,7 @@ class VerifierServicer(pb_grpc.VerifierServicer):
     async def _read(self, number: int, messages: AsyncIterator[pb.EdgeMessage], outbox: StreamOutbox) -> None:
         try:
             async for message in messages:
-                await self._worker.receive(number, wire.edge_from_wire(message))
+                self._worker.receive(number, wire.edge_from_wire(message))
         except (DecodeError, RemoteProtocolError) as error:
             outbox.send(Failure(FailureCode.PROTOCOL, str(error)))
         finally:

@@ -1,14 +1,15 @@
 """The verifier's one loop over its one model: schedule, forward, update.
 
 The session table and the engine have one owner, the worker. `run` is one task; it plans a step, runs the forward on a
-thread of its own and commits. Streams hand their messages in from the same event loop, also during a forward: the table
-answers heartbeats at once and keeps the rest until the step is over. Nothing polls: `run` sleeps until a message, the
-engine or a timer wakes it. Engine effects (Keep, Truncate, Release) wait for the next forward and run before it, on the
-engine's thread and in order, so that the engine is never called from two threads or out of turn.
+thread of its own and commits. Streams hand their messages in from the same event loop, also during a forward; most of
+the work of taking in drafts and of sending commits is done then. Nothing polls: `run` sleeps until a message, the
+engine or a timer wakes it. Engine effects (Keep, Truncate, Share, Release) wait for the next forward and run before it,
+on the engine's thread and in order, so that the engine is never called from two threads or out of turn.
 
-When the engine raises, nobody knows what its caches hold. Then the verifier starts over in place: every stream ends
-with a Failure that asks to come back, every cache is released, and an empty table takes the next sessions. The edges
-hold their whole text, so they lose time and nothing else.
+When a forward fails, the sessions of that step lose their caches and are tried again one by one (see `SessionTable`).
+When anything else of the engine fails, nobody knows what its caches hold. Then the verifier starts over in place: every
+stream ends with a Failure that asks to come back, every cache is released, and an empty table takes the next sessions.
+The edges hold their whole text, so they lose time and nothing else.
 """
 
 import asyncio
@@ -21,20 +22,18 @@ from typing import Protocol
 import structlog
 
 from shared.core.cloud_session import CloudSession
-from shared.core.effects import CloudEffect, EndStream, Keep, Release, Rows, Send, Truncate
-from shared.core.messages import CloudMessage, Commit, EdgeMessage, Failure, FailureCode, Heartbeat
+from shared.core.effects import CloudEffect, EndStream, Keep, Release, Rows, Send, Share, Truncate
+from shared.core.messages import CloudMessage, Commit, EdgeMessage, Failure, FailureCode, SessionStatus
 from shared.core.policies import StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import TableSettings
 from shared.engine import TargetEngine
-from shared.metrics import VerifierMetrics
+from shared.metrics import StepReport, VerifierMetrics
 
 _SHORTEST_SLEEP_S = 0.001  # event loops fire up to a clock tick early; then it is not due yet
-# How much one stream may leave waiting during one forward; then it is not read until the step is over.
-_MAX_DEFERRED = 256
 
 _log = structlog.get_logger(__name__)
-_EngineEffect = Keep | Truncate | Release
+_EngineEffect = Keep | Truncate | Share | Release
 
 
 class Outbox(Protocol):
@@ -50,15 +49,13 @@ class Outbox(Protocol):
 
 
 @dataclass(slots=True)
-class _Stream:
-    outbox: Outbox
-    num_deferred: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Forwarded:
+    """What came of a forward: the selected tokens, or why it failed; and when it ran, in the worker's clock."""
+
     results: list[tuple[int, ...]]
-    verify_ms: float
+    error: Exception | None
+    began: float
+    ended: float
 
 
 class Worker:
@@ -78,12 +75,14 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._table = SessionTable(settings, policy)
-        self._streams: dict[int, _Stream] = {}
+        self._outboxes: dict[int, Outbox] = {}
         self._stale_tokens: dict[CloudSession, int] = {}  # of each open session, as far as counted
         self._engine_effects: list[_EngineEffect] = []
         self._cached: set[str] = set()  # sessions that the engine may hold a cache of
         self._wake = asyncio.Event()
-        self._stepped = asyncio.Event()
+        self._num_evicted = 0  # as far as counted
+        self._idle_since: float | None = None  # when the last forward ended; None once the worker has slept
+        self._uncounted: StepReport | None = None  # counting waits until the next forward runs
         self._thread = ThreadPoolExecutor(1, "engine")
 
     def __repr__(self) -> str:
@@ -93,27 +92,32 @@ class Worker:
 
     def opened(self, stream: int, identity: str, outbox: Outbox) -> None:
         """A new stream, by a number that was never used before."""
-        self._streams[stream] = _Stream(outbox)
+        self._outboxes[stream] = outbox
         self._table.opened(stream, identity, self._clock())
         self._wake.set()
 
-    async def receive(self, stream: int, message: EdgeMessage) -> None:
-        """A message arrived on this stream. Waits only where the stream sends far more than a step can take."""
-        state = self._streams.get(stream)
-        if state is None:
-            return  # ended from our side
-        is_heartbeat = isinstance(message, Heartbeat)
-        if not is_heartbeat and state.num_deferred >= _MAX_DEFERRED:
-            await self._stepped.wait()
-        state.num_deferred += self._table.is_stepping and not is_heartbeat
-        self._enact(self._table.receive(stream, message, self._clock()))
-        self._wake.set()
+    def receive(self, stream: int, message: EdgeMessage) -> None:
+        """A message arrived on this stream; one that ended from our side is ignored."""
+        if stream in self._outboxes:
+            self._enact(self._table.receive(stream, message, self._clock()))
+            self._wake.set()
 
     def lost(self, stream: int) -> None:
         """The stream is gone; what is still sent to it goes nowhere."""
-        if self._streams.pop(stream, None) is not None:
-            self._enact(self._table.lost(stream))
+        if self._outboxes.pop(stream, None) is not None:
+            self._enact(self._table.lost(stream, self._clock()))
             self._wake.set()
+
+    # -- what operators ask -----------------------------------------------------------------------------------------
+
+    def session_statuses(self) -> list[SessionStatus]:
+        """The live sessions."""
+        return self._table.statuses(self._clock())
+
+    def cache_usage(self) -> tuple[int, int, int]:
+        """Blocks of the cache in use, blocks in all, parked sessions."""
+        ledger = self._table.ledger
+        return ledger.used_blocks, self._settings.cache_blocks, ledger.num_parked
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
@@ -124,8 +128,8 @@ class Worker:
 
     async def close(self) -> None:
         """End every stream and free the thread; `run` must have been cancelled."""
-        for state in self._streams.values():
-            state.outbox.end()
+        for outbox in self._outboxes.values():
+            outbox.end()
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _serve_once(self) -> None:
@@ -134,30 +138,38 @@ class Worker:
             self._wake.clear()
             now = self._clock()
             self._enact(self._table.tick(now))
-            self._count_sessions()
-            batch = self._table.plan(now)
-            if batch or self._engine_effects:
-                await self._step(batch)
+            plan = self._table.plan(now)
+            schedule_ms = (self._clock() - now) * 1000
+            self._enact(plan.effects)
+            if plan.batch or self._engine_effects:
+                await self._step(plan.batch, schedule_ms)
             else:
+                self._count()
+                self._idle_since = None
                 await self._sleep()
         except Exception as error:  # noqa: BLE001  # runtimes raise what they like; one fault must not end the service
             _log.exception("the target engine failed; every session starts over", reason=str(error))
             await self._start_over(type(error).__name__)
 
-    async def _step(self, batch: Sequence[Rows]) -> None:
-        self._stepped.clear()
+    async def _step(self, batch: Sequence[Rows], schedule_ms: float) -> None:
         effects, self._engine_effects = self._engine_effects, []
-        self._cached.difference_update(effect.session_id for effect in effects if isinstance(effect, Release))
-        self._cached.update(rows.session_id for rows in batch)
-        loop = asyncio.get_running_loop()
-        forwarded = await loop.run_in_executor(self._thread, self._forward, effects, batch)
-        if batch:
-            committed = self._table.stepped(forwarded.results, forwarded.verify_ms, self._clock())
-            self._count_step(batch, committed, forwarded.verify_ms)
-            self._enact(committed)
-        for state in self._streams.values():
-            state.num_deferred = 0
-        self._stepped.set()
+        self._cached.difference_update([effect.session_id for effect in effects if isinstance(effect, Release)])
+        self._cached.update([rows.session_id for rows in batch])
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, effects, batch)
+        self._count()
+        forwarded = await running
+        if not batch:
+            return
+        if forwarded.error is not None:
+            _log.error("a forward failed; its sessions are tried one by one", reason=str(forwarded.error))
+            self._enact(self._table.failed(self._clock()))
+            return
+        verify_ms = (forwarded.ended - forwarded.began) * 1000
+        committed = self._table.stepped(forwarded.results, verify_ms, self._clock())
+        self._enact(committed)
+        outside_ms = None if self._idle_since is None else (forwarded.began - self._idle_since) * 1000
+        self._idle_since = forwarded.ended
+        self._uncounted = _report(batch, committed, schedule_ms, verify_ms, outside_ms)
 
     def _forward(self, effects: Sequence[_EngineEffect], batch: Sequence[Rows]) -> _Forwarded:
         """On the engine's thread: what the last step left to do, then the forward."""
@@ -167,11 +179,16 @@ class Worker:
                     self._engine.keep(key, start, rows)
                 case Truncate(session_id=key, length=length):
                     self._engine.truncate(key, length)
+                case Share(session_id=key, source_id=source, length=length):
+                    self._engine.share(key, source, length)
                 case Release(session_id=key):
                     self._engine.release(key)
-        began = self._clock()
-        results = self._engine.forward(batch) if batch else []
-        return _Forwarded(results, (self._clock() - began) * 1000)
+        began, results, failed = self._clock(), list[tuple[int, ...]](), None
+        try:
+            results = self._engine.forward(batch) if batch else []
+        except Exception as error:  # noqa: BLE001  # runtimes raise what they like; the table knows what to do
+            failed = error
+        return _Forwarded(results, failed, began, self._clock())
 
     async def _sleep(self) -> None:
         wake_at = self._table.wake_at()
@@ -190,17 +207,17 @@ class Worker:
         failure = Failure(
             FailureCode.INTERNAL, f"the verifier's engine failed ({reason}); open again", self._settings.retry_after_ms
         )
-        for state in self._streams.values():
-            state.outbox.send(failure)
-            state.outbox.end()
-        self._streams.clear()
+        for outbox in self._outboxes.values():
+            outbox.send(failure)
+            outbox.end()
+        self._outboxes.clear()
         self._table = SessionTable(self._settings, self._policy)
-        self._count_sessions()
+        self._num_evicted = 0
+        self._count()
         self._engine_effects.clear()
         cached, self._cached = self._cached, set()
         for key in cached:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._release, key)
-        self._stepped.set()
 
     def _release(self, key: str) -> None:
         """On the engine's thread: release a cache of an engine that has failed before."""
@@ -213,43 +230,64 @@ class Worker:
         for effect in effects:
             match effect:
                 case Send(stream=stream, message=message):
-                    if (state := self._streams.get(stream)) is not None:
-                        state.outbox.send(message)  # type: ignore[arg-type]  # a table sends what clouds send
+                    if isinstance(message, Failure):
+                        self._metrics.refusals.labels(message.code.name.lower()).inc()
+                    if (outbox := self._outboxes.get(stream)) is not None:
+                        outbox.send(message)  # type: ignore[arg-type]  # a table sends what clouds send
                 case EndStream(stream=stream):
-                    if (state := self._streams.pop(stream, None)) is not None:
-                        state.outbox.end()
+                    if (outbox := self._outboxes.pop(stream, None)) is not None:
+                        outbox.end()
                 case _:
                     self._engine_effects.append(effect)
 
     # -- what is counted --------------------------------------------------------------------------------------------
 
-    def _count_sessions(self) -> None:
-        live = self._table.sessions
-        self._metrics.sessions.set(len(live))
+    def _count(self) -> None:
+        if self._uncounted is not None:
+            report, self._uncounted = self._uncounted, None
+            self._metrics.stepped(report)
+            verify_ms = round(report.verify_ms, 1)
+            _log.debug("step", sessions=report.sessions, committed=report.num_committed, verify_ms=verify_ms)
+        metrics, ledger, live = self._metrics, self._table.ledger, self._table.sessions
+        metrics.sessions.set(len(live))
+        metrics.parked_sessions.set(ledger.num_parked)
+        metrics.kv_blocks_used.set(ledger.used_blocks)
+        metrics.kv_blocks.set(self._settings.cache_blocks)
+        metrics.evictions.inc(ledger.num_evicted - self._num_evicted)
+        self._num_evicted = ledger.num_evicted
         for session in self._stale_tokens.keys() | live:
             if session not in self._stale_tokens:
                 _log.debug("session opened", session=session.key, tokens=len(session.log), cached=session.cached_len)
-            stale = session.stale_tokens - self._stale_tokens.get(session, 0)
-            self._metrics.stale_draft_tokens.inc(stale)
-            self._stale_tokens[session] = session.stale_tokens
+            stale = session.stale_tokens - self._stale_tokens.setdefault(session, 0)
+            if stale:
+                metrics.stale_draft_tokens.inc(stale)
+                self._stale_tokens[session] = session.stale_tokens
         for session in self._stale_tokens.keys() - live:
             _log.debug("session closed", session=session.key, tokens=len(session.log), finish=session.finish.name)
             del self._stale_tokens[session]
 
-    def _count_step(self, batch: Sequence[Rows], effects: Sequence[CloudEffect], verify_ms: float) -> None:
-        metrics = self._metrics
-        metrics.steps.inc()
-        metrics.step_duration_s.observe(verify_ms / 1000)
-        for rows in batch:
-            # The last committed token's row counts with what it is evaluated for.
-            num_selected = len(rows.tokens) - rows.first_selected
-            metrics.prefill_rows.inc(rows.first_selected)
-            (metrics.draft_rows if num_selected > 1 else metrics.self_decode_rows).inc(num_selected)
-        messages = [effect.message for effect in effects if isinstance(effect, Send)]
-        commits = [message for message in messages if isinstance(message, Commit)]
-        metrics.drafted_tokens.inc(sum(commit.num_drafted for commit in commits))
-        metrics.accepted_tokens.inc(sum(commit.num_accepted for commit in commits))
-        num_committed = sum(len(commit.tokens) for commit in commits)
-        metrics.committed_tokens.inc(num_committed)
-        num_rows = sum(len(rows.tokens) for rows in batch)
-        _log.debug("step", sessions=len(batch), rows=num_rows, committed=num_committed, verify_ms=round(verify_ms, 1))
+
+def _report(
+    batch: Sequence[Rows],
+    effects: Sequence[CloudEffect],
+    schedule_ms: float,
+    verify_ms: float,
+    outside_ms: float | None,
+) -> StepReport:
+    sent = [effect.message for effect in effects if isinstance(effect, Send)]
+    commits = [message for message in sent if isinstance(message, Commit)]
+    # The last committed token's row counts with what it is evaluated for.
+    num_selected = [len(rows.tokens) - rows.first_selected for rows in batch]
+    return StepReport(
+        sessions=len(batch),
+        prefill_rows=sum(rows.first_selected for rows in batch),
+        draft_rows=sum(count for count in num_selected if count > 1),
+        self_decode_rows=num_selected.count(1),
+        num_drafted=sum(commit.num_drafted for commit in commits),
+        num_accepted=sum(commit.num_accepted for commit in commits),
+        num_committed=sum(len(commit.tokens) for commit in commits),
+        queue_ms=sum(commit.queue_ms for commit in commits) / max(len(commits), 1),
+        schedule_ms=schedule_ms,
+        verify_ms=verify_ms,
+        outside_ms=outside_ms,
+    )

@@ -11,7 +11,7 @@ from typing import Protocol
 from shared.core.effects import Rows
 from shared.core.messages import Fingerprint, Sampling
 
-__all__ = ["Capabilities", "DraftEngine", "EngineError", "Proposal", "Rows", "TargetEngine"]
+__all__ = ["Capabilities", "DraftEngine", "EngineError", "Proposal", "Rows", "TargetEngine", "TargetLimits"]
 
 
 class EngineError(Exception):
@@ -69,6 +69,18 @@ class DraftEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TargetLimits:
+    """How much a target engine takes: rows in one forward; tokens and sessions in its cache, over all sessions.
+
+    `cache_tokens` counts whole blocks of `kv_blocks.BLOCK_TOKENS`.
+    """
+
+    max_rows: int
+    cache_tokens: int
+    cache_sessions: int
+
+
 class TargetEngine(Protocol):
     """The full model: evaluates rows of many sessions in one forward, with a cache of its own per session.
 
@@ -86,6 +98,11 @@ class TargetEngine(Protocol):
         """The vocabulary that its token ids belong to."""
         ...
 
+    @property
+    def limits(self) -> TargetLimits:
+        """How much it takes; the caller keeps to it, by the rules of `kv_blocks`."""
+        ...
+
     def forward(self, batch: Sequence[Rows]) -> list[tuple[int, ...]]:
         """Evaluate the batch; for each session the selected token of each row from `first_selected` on.
 
@@ -99,6 +116,13 @@ class TargetEngine(Protocol):
 
     def truncate(self, session_id: str, length: int) -> None:
         """Cut the cache to its first `length` tokens."""
+        ...
+
+    def share(self, session_id: str, source_id: str, length: int) -> None:
+        """Let the session, which has no cache, begin with the first `length` tokens of another session's cache.
+
+        `length` is a multiple of `kv_blocks.BLOCK_TOKENS`. Neither session ever sees what the other does later.
+        """
         ...
 
     def release(self, session_id: str) -> None:

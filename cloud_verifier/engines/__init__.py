@@ -43,6 +43,7 @@ def _torch(config: TargetConfig, progress: Progress) -> Target:
         device=config.device,
         threads=config.threads,
         context_tokens=config.context_tokens,
+        kv_cache_mb=config.kv_cache_mb,
         cache_dir=config.cache_dir,
         progress=progress,
     )

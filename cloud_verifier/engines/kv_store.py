@@ -1,9 +1,11 @@
-"""The target's key/value cache, one per session, and attention over it: the two change together.
+"""The target's key/value cache, one pool for all sessions, and attention over it: the two change together.
 
 Rows of many sessions run through the model packed along one axis (no padding). Only attention needs to know where one
 session ends and the next begins: `attend` is registered with transformers as an attention implementation and gets the
-`Segment`s of the forward as an extra keyword. Rollback is a shorter `length`; what lies behind it is overwritten later.
-A store of fixed blocks with a table per session could take the place of `KvCache` with no change outside of this file.
+`Segment`s of the forward as an extra keyword.
+
+`KvBlocks` says which blocks of the pool hold a session's tokens. They mostly lie in one run, and attention reads a
+plain view of it; a session in several runs (a shared prefix, a crowded pool) is gathered first: slower, never wrong.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from shared.core.errors import LocalProtocolError
+from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks, num_blocks
 from shared.engine import EngineError
 
 ATTENTION = "outrider"  # its name among transformers' attention implementations
-_MIN_CAPACITY = 128
+_DEFAULT_CONTEXTS, _DEFAULT_KV_BYTES = 16, 1 << 30
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -42,55 +46,112 @@ class KvShape:
         )
 
 
-class KvCache:
-    """Keys and values of one session, (layers, 2, kv heads, capacity, head_dim), of which `length` tokens stand."""
+def count_blocks(shape: KvShape, dtype: torch.dtype, context_tokens: int, kv_cache_mb: int) -> int:
+    """Blocks for a budget of memory; without one (0) for some contexts, up to a gigabyte.
 
-    def __init__(self, shape: KvShape, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        self._data = torch.empty(
-            (shape.num_layers, 2, shape.num_kv_heads, 0, shape.head_dim), dtype=dtype, device=device
+    Raises `EngineError` where the budget does not hold one session of `context_tokens`.
+    """
+    token_bytes: int = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    context = num_blocks(context_tokens)
+    if not kv_cache_mb:
+        return max(min(_DEFAULT_CONTEXTS * context, _DEFAULT_KV_BYTES // (token_bytes * BLOCK_TOKENS)), context)
+    count = kv_cache_mb * 2**20 // (token_bytes * BLOCK_TOKENS)
+    if count < context:
+        needed_mb = -(-context * BLOCK_TOKENS * token_bytes // 2**20)
+        raise EngineError(
+            f"target.kv_cache_mb {kv_cache_mb} does not hold one session of {context_tokens} tokens: set it to"
+            f" {needed_mb} or more, or target.context_tokens to {count * BLOCK_TOKENS} or less"
+        )
+    return count
+
+
+class KvPool:
+    """Keys and values of all sessions, (layers, 2, kv heads, tokens, head_dim), and who holds which blocks of them."""
+
+    def __init__(self, shape: KvShape, dtype: torch.dtype, device: torch.device, num_blocks: int) -> None:
+        self.blocks = KvBlocks(num_blocks)
+        self.data = torch.empty(
+            (shape.num_layers, 2, shape.num_kv_heads, num_blocks * BLOCK_TOKENS, shape.head_dim),
+            dtype=dtype,
+            device=device,
         )
 
     def __repr__(self) -> str:
-        return f"<KvCache {self.length} of {self.capacity} tokens, {self._data.nbytes} bytes>"
+        return f"<KvPool {self.data.nbytes} bytes, {self.blocks!r}>"
 
-    @property
-    def capacity(self) -> int:
-        """How many tokens fit without growing."""
-        return self._data.shape[3]
+
+class KvCache:
+    """One session's keys and values in the pool, of which `length` tokens stand."""
+
+    def __init__(self, pool: KvPool, key: str, length: int = 0) -> None:
+        """A new session, or one whose first `length` tokens are in the pool already."""
+        self.length = length
+        self._pool = pool
+        self._key = key
+        self._slots: slice | Tensor = slice(0, 0)  # of each token, in order: a run, or an index into the pool
+        self.reserve(length)
+
+    def __repr__(self) -> str:
+        where = "in one run" if isinstance(self._slots, slice) else "scattered"
+        return f"<KvCache {self._key}: {self.length} tokens {where}>"
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self._data.device
+        return self._pool.data.device
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` tokens, at least doubling the capacity; what stands is copied, `length` stays."""
-        if length <= self.capacity:
-            return
-        layers, two, heads, capacity, head_dim = self._data.shape
-        grown = self._data.new_empty((layers, two, heads, max(length, 2 * capacity, _MIN_CAPACITY), head_dim))
-        grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
-        self._data = grown
+        """Make room for `length` tokens; what stands stays. Raises `LocalProtocolError` where the pool is full."""
+        blocks = self._pool.blocks
+        if not blocks.resize(self._key, max(length, self.length)):
+            raise LocalProtocolError(f"session {self._key}: no room for {length} tokens in {blocks!r}")
+        self._find()
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (kv heads, T, head_dim) of one layer behind the `length` tokens that stand.
 
-        Returns views of all keys and values (kv heads, length + T, head_dim), valid until `reserve`. `length` stays:
-        once all layers are written, the caller sets it.
+        Returns all keys and values (kv heads, length + T, head_dim), valid until the next change. `length` stays: once
+        all layers are written, the caller sets it.
         """
         end = self.length + key.shape[1]
-        keys, values = self._data[layer, 0, :, :end], self._data[layer, 1, :, :end]
-        keys[:, self.length :] = key
-        values[:, self.length :] = value
-        return keys, values
+        keys, values = self._pool.data[layer]
+        if isinstance(self._slots, slice):
+            first = self._slots.start
+            keys, values = keys[:, first : first + end], values[:, first : first + end]
+            keys[:, self.length :] = key
+            values[:, self.length :] = value
+            return keys, values
+        new = self._slots[self.length : end]
+        keys.index_copy_(1, new, key)
+        values.index_copy_(1, new, value)
+        return keys.index_select(1, self._slots[:end]), values.index_select(1, self._slots[:end])
 
     def keep(self, start: int, rows: Sequence[int]) -> None:
         """Cut to the first `start` tokens and the tokens at `start + row`, `rows` ascending, moved together."""
         if rows and rows[-1] != len(rows) - 1:  # else they already lie together
-            source = torch.tensor([start + row for row in rows], device=self._data.device)
-            self._data[:, :, :, start : start + len(rows)] = self._data[:, :, :, source]
-        self.length = start + len(rows)
+            slots = self._slots
+            index = torch.arange(slots.start, slots.stop, device=self.device) if isinstance(slots, slice) else slots
+            source = index[torch.tensor([start + row for row in rows], device=self.device)]
+            data = self._pool.data
+            data.index_copy_(3, index[start : start + len(rows)], data.index_select(3, source))
+        self.cut(start + len(rows))
+
+    def cut(self, length: int) -> None:
+        """Cut to the first `length` tokens. Raises `LocalProtocolError` inside of a block that others share."""
+        if self._pool.blocks.cut(self._key, length) != length:
+            raise LocalProtocolError(f"session {self._key}: cut to {length} tokens, inside of a shared block")
+        self.length = length
+        self._find()
+
+    def _find(self) -> None:
+        blocks = self._pool.blocks.blocks(self._key)
+        first_block = blocks[0] if blocks else 0
+        if list(blocks) == list(range(first_block, first_block + len(blocks))):
+            first = first_block * BLOCK_TOKENS
+            self._slots = slice(first, first + len(blocks) * BLOCK_TOKENS)
+        else:
+            starts = torch.tensor(blocks, device=self.device)[:, None] * BLOCK_TOKENS
+            self._slots = (starts + torch.arange(BLOCK_TOKENS, device=self.device)).flatten()
 
 
 @dataclass(frozen=True, slots=True)

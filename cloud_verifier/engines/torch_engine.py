@@ -5,24 +5,33 @@ cache. Results depend on the rows of a session alone, up to the rounding of the 
 about 1e-5 in a logit in float32, enough to flip near-ties in bfloat16 (see `near_tie`).
 """
 
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cloud_verifier.engines.cost import CostCurve, measure_cost
-from cloud_verifier.engines.kv_store import ATTENTION, KvCache, KvShape, Segment, is_chain, segment
+from cloud_verifier.engines.kv_store import (
+    ATTENTION,
+    KvCache,
+    KvPool,
+    KvShape,
+    Segment,
+    count_blocks,
+    is_chain,
+    segment,
+)
+from cloud_verifier.engines.packed_linear import can_pack, pack_linears
 from cloud_verifier.engines.selftest import check_target
 from shared.core.errors import LocalProtocolError
+from shared.core.kv_blocks import BLOCK_TOKENS, num_blocks
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.selection import select
-from shared.engine import Capabilities, EngineError, Rows
+from shared.engine import Capabilities, EngineError, Rows, TargetLimits
 from shared.runtimes.hub import resolve_model
 from shared.runtimes.huggingface import CausalLM, Progress, load_causal_lm, no_progress
 from shared.vocabulary import Vocabulary
@@ -31,6 +40,7 @@ from shared.vocabulary import Vocabulary
 # in bfloat16 (SmolLM2-135M, Zen 4). So fewer rows are padded.
 _MIN_PACKED_ROWS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MAX_ROWS = 2048  # of float32 logits over 150,000 tokens that is 1.2 GB
 
 
 @dataclass(slots=True)
@@ -58,10 +68,18 @@ class TorchTarget:
     """A `TargetEngine` on torch. Not thread-safe. `load` is the way to a checked and measured one.
 
     `threads` (0: torch's choice) holds for the whole process. `context_tokens` caps the model's own context length.
-    Raises `EngineError` where the device is not there.
+    `kv_cache_mb` is the memory for the keys and values of all sessions. Raises `EngineError` where the device is not
+    there or the memory does not hold one session.
     """
 
-    def __init__(self, causal_lm: CausalLM, device: str = "cpu", threads: int = 0, context_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        causal_lm: CausalLM,
+        device: str = "cpu",
+        threads: int = 0,
+        context_tokens: int = 0,
+        kv_cache_mb: int = 0,
+    ) -> None:
         self._device = _device(device)
         if threads:
             torch.set_num_threads(threads)
@@ -73,6 +91,8 @@ class TorchTarget:
         self._vocabulary = causal_lm.vocabulary
         self._stop_ids = causal_lm.stop_ids
         self._max_context = min(causal_lm.max_context, context_tokens or causal_lm.max_context)
+        count = count_blocks(self._shape, self._model.dtype, self._max_context, kv_cache_mb)
+        self._pool = KvPool(self._shape, self._model.dtype, self._device, count)
         self._sessions: dict[str, _Session] = {}
         self._cost: CostCurve | None = None
         self._min_rows = 1
@@ -89,6 +109,7 @@ class TorchTarget:
         device: str = "cpu",
         threads: int = 0,
         context_tokens: int = 0,
+        kv_cache_mb: int = 0,
         cache_dir: Path | None = None,
         progress: Progress = no_progress,
     ) -> "TorchTarget":
@@ -99,7 +120,7 @@ class TorchTarget:
         if threads:
             torch.set_num_threads(threads)
         path = resolve_model(name, "target model")
-        engine = cls(load_causal_lm(path, dtype, cache_dir, progress), device, threads, context_tokens)
+        engine = cls(load_causal_lm(path, dtype, cache_dir, progress), device, threads, context_tokens, kv_cache_mb)
         progress("checking the engine", None)
         check_target(engine)
         progress("measuring the cost of a step", None)
@@ -115,6 +136,12 @@ class TorchTarget:
     def capabilities(self) -> Capabilities:
         """Trees and rollback, always: architectures that could not are refused at load."""
         return Capabilities(can_rollback=True, can_tree=True, max_context=self._max_context)
+
+    @property
+    def limits(self) -> TargetLimits:
+        """What the pool holds, in whole blocks; a session takes one at least."""
+        count = self._pool.blocks.num_blocks
+        return TargetLimits(max_rows=_MAX_ROWS, cache_tokens=count * BLOCK_TOKENS, cache_sessions=count)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -190,13 +217,23 @@ class TorchTarget:
             return
         if session.branched and length > session.last_start:
             raise LocalProtocolError(f"session {session_id}: truncate to {length} cuts a tree; keep a path of it first")
-        session.cache.length = length
+        session.cache.cut(length)
         del session.tokens[length:]
         session.last_start, session.last_parents, session.branched = length, (), False
 
     def release(self, session_id: str) -> None:
         """Free the session's cache; unknown sessions are ignored."""
         self._sessions.pop(session_id, None)
+        self._pool.blocks.release(session_id)
+
+    def share(self, session_id: str, source_id: str, length: int) -> None:
+        """See `TargetEngine.share`. Raises `LocalProtocolError` where the session has a cache or the source less."""
+        source = self._sessions.get(source_id)
+        if source is None or source.cache.length < length or length % BLOCK_TOKENS:
+            raise LocalProtocolError(f"session {session_id}: cannot share {length} tokens of {source_id}")
+        self._pool.blocks.share(session_id, source_id, length)
+        cache = KvCache(self._pool, session_id, length)
+        self._sessions[session_id] = _Session(cache, source.tokens[:length], length)
 
     @torch.inference_mode()
     def _evaluate(self, batch: Sequence[Rows]) -> Tensor:
@@ -247,13 +284,16 @@ class TorchTarget:
                 raise LocalProtocolError(f"{where}: token ids outside of the vocabulary of {self.fingerprint.size}")
             if rows.start + max(_depths(rows.parents)) >= self._max_context:
                 raise LocalProtocolError(f"{where} go beyond the context of {self._max_context} tokens")
+        blocks = self._pool.blocks
+        missing = sum(num_blocks(rows.start + len(rows.tokens)) - len(blocks.blocks(rows.session_id)) for rows in batch)
+        if missing > blocks.num_free:
+            raise LocalProtocolError(f"a step needs {missing} more blocks, but {blocks!r}")
 
     def _plan(self, batch: Sequence[Rows]) -> _Plan:
         plan = _Plan([], [], [], [])
         for rows in batch:
             if rows.session_id not in self._sessions:
-                cache = KvCache(self._shape, self._model.dtype, self._device)
-                self._sessions[rows.session_id] = _Session(cache)
+                self._sessions[rows.session_id] = _Session(KvCache(self._pool, rows.session_id))
             cache = self._sessions[rows.session_id].cache
             cache.reserve(rows.start + len(rows.tokens))
             first = len(plan.token_ids)
@@ -301,39 +341,6 @@ class _Selection:
     position: int
     context: list[int]
     prompt_len: int
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in oneDNN's blocked layout, so that it is not repacked at every call.
-
-    For the few rows of a step that takes up to half of a plain layer's time: SmolLM2-135M's forward of 8 rows goes from
-    87 to 54 ms in float32 and from 55 to 36 in bfloat16. The operators are those of torch's compiler, frozen weights.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        bias = cast("Tensor | None", linear.bias)  # torch declares it as always there
-        self._bias = None if bias is None else bias.detach()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(..., in features) to (..., out features)."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
-        return output
-
-
-def can_pack() -> bool:
-    """Whether packed layers exist here and were measured to be faster: oneDNN on x86."""
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return available and platform.machine() in ("x86_64", "AMD64")
-
-
-def pack_linears(model: nn.Module) -> None:
-    """Replace the linear layers of a model on the CPU by packed ones, in place."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
 
 
 def _depths(parents: Sequence[int]) -> Sequence[int]:

@@ -2,9 +2,10 @@
 
 Theory of operation
 -------------------
-A session is a committed `TokenLog` and a `DraftTree` of pending drafts on its end. The worker asks `plan` for the rows
-of the next target step, runs the forward and hands the selected tokens to `stepped`. Committed tokens that the cache
-does not hold yet always come first, so prefill, verification and self-decode are one case that differs in its rows:
+A session is a committed `TokenLog` and a `DraftTree` of pending drafts on its end. Before each target step it makes an
+`offer`: the rows that it could use and what each is worth. The step policy grants some; `take` turns the grant into
+rows; the forward runs; `stepped` gets the selected tokens. Committed tokens that the cache does not hold yet always
+come first, so prefill, verification and self-decode are one case that differs in its rows:
 
     rows                          kind          gives
     a chunk of uncached tokens    prefill       nothing yet
@@ -17,37 +18,45 @@ So what is committed is the target stream whatever the drafts were (Daliri et al
 fixed by the seed): drafts only change when it is known.
 
 Cache rule: after a committing step the target's cache holds exactly committed_len - 1 tokens; the last committed token
-is the next input. `stepped` returns the rows to keep so that this holds.
+is the next input. `stepped` returns the rows to keep so that this holds. A cache may be evicted between two steps;
+then everything is uncached again, and is rebuilt as a prompt is.
 
-When no drafts are pending, `self_decode` decides: `always` decodes, `idle` decodes when the worker has spare capacity,
+When no drafts are pending, `self_decode` decides: `always` decodes, `idle` decodes when the step has room for it,
 `off` waits for drafts. After `starved_after_ms` without a draft, and until one arrives, the session
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
+
+Drafts may arrive while a step is in flight: they name their prefix by hash, so they hang where they belong, and what
+the step commits re-roots them.
 """
 
 from dataclasses import dataclass
+from math import exp
 
-from shared.core.acceptance import Acceptance
+from shared.core.acceptance import Calibration
 from shared.core.draft_tree import DraftTree, Grafted, Node
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
-from shared.core.messages import Commit, Draft, Finish, Open, Want
-from shared.core.policies import StepPolicy
+from shared.core.messages import Commit, Draft, Finish, Open, SessionStatus, Want
+from shared.core.policies import Decodes, Offer
 from shared.core.settings import CloudSettings, SelfDecode
 from shared.core.tokens import TokenLog
 
+_GOODPUT_WINDOW_S = 2.0
+_LEAST_GOODPUT = 1.0  # tokens/s: bounds the weight of a session that has none yet
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Step:
     """A step in flight: it feeds `fed` committed tokens, then the draft nodes; `partial`: a prefill chunk, no nodes."""
 
     fed: int
-    nodes: tuple[Node, ...]
+    nodes: list[Node]
     partial: bool
     queue_ms: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stepped:
     """What a step came to: the commit to send (None for a prefill chunk) and the forward's rows that stand."""
 
@@ -69,21 +78,25 @@ class CloudSession:
         self.finish = Finish.NONE
         self.draft_ms = 0.0
         self.stale_tokens = 0
+        self.is_suspect = False  # a step that it was part of failed: its next one is its own
+        self.stepped_at = now
         self._settings = settings
         self._limit = min(opened.prompt_len + opened.max_new_tokens, settings.context_length)
         self._tree = DraftTree(log, settings.max_pending_tokens)
-        self._acceptance = Acceptance()
+        self._calibration = Calibration()
         self._acked_len = len(log)
         self._is_starved = False
         self._step: _Step | None = None
+        self._offered: list[Node] = []
         self._ready_at = now
+        self._recent_tokens = 0.0  # committed in the goodput window, older ones fading
+        self._num_steps = self._num_drafted = self._num_accepted = 0
 
     def __repr__(self) -> str:
-        state = self.finish.name if self.finish is not Finish.NONE else "stepping" if self._step else "ready"
         return (
-            f"<CloudSession {self.key} {state}: {len(self.log)} committed, {self.cached_len} cached, "
+            f"<CloudSession {self.key} {self._state}: {len(self.log)} committed, {self.cached_len} cached, "
             f"{self._acked_len} acknowledged, {self._tree!r}, "
-            f"acceptance {self._acceptance!r} at {self.draft_ms:.0f} ms>"
+            f"acceptance {self._calibration!r} at {self.draft_ms:.0f} ms>"
         )
 
     @property
@@ -97,15 +110,45 @@ class CloudSession:
         return len(self._tree)
 
     @property
-    def _is_ready(self) -> bool:
-        has_window = len(self.log) - self._acked_len < self._settings.window_tokens
-        return has_window and self.finish is Finish.NONE and not self.is_stepping
+    def is_active(self) -> bool:
+        """Whether it has anything to do: its text goes on, and its edge keeps up."""
+        return self.finish is Finish.NONE and len(self.log) - self._acked_len < self._settings.window_tokens
 
-    def acknowledged(self, committed_len: int, draft_ms: float) -> None:
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step could serve it, drafts or not: it is active, and no step is in flight."""
+        return self._step is None and self.is_active
+
+    def goodput(self, now: float) -> float:
+        """Committed tokens per second, smoothed over the last seconds."""
+        return self._recent_tokens * exp((self.stepped_at - now) / _GOODPUT_WINDOW_S) / _GOODPUT_WINDOW_S
+
+    def status(self, heard_at: float, now: float) -> SessionStatus:
+        """What an operator is shown."""
+        return SessionStatus(
+            session=self.key,
+            state=self._state,
+            want=self.opened.want,
+            prompt_len=self.opened.prompt_len,
+            committed_len=len(self.log),
+            cached_len=self.cached_len,
+            pending_tokens=self.pending_tokens,
+            num_steps=self._num_steps,
+            num_drafted=self._num_drafted,
+            num_accepted=self._num_accepted,
+            goodput=self.goodput(now),
+            draft_ms=self.draft_ms,
+            silent_ms=(now - heard_at) * 1000,
+        )
+
+    def acknowledged(self, committed_len: int, draft_ms: float, now: float) -> None:
         """The edge has seen this many committed tokens. Raises `RemoteProtocolError` for more than there are."""
         if committed_len > len(self.log):
             raise RemoteProtocolError(f"acknowledged {committed_len} tokens of {len(self.log)} committed")
+        was_ready = self.is_ready
         self._acked_len = max(self._acked_len, committed_len)
+        if self.is_ready and not was_ready:
+            self._ready_at = now
         self.draft_ms = draft_ms
 
     def drafted(self, draft: Draft, now: float) -> Grafted:
@@ -120,43 +163,70 @@ class CloudSession:
         self.stale_tokens += grafted.stale
         return grafted
 
+    def evicted(self) -> None:
+        """The target's cache of this session is gone. Raises `LocalProtocolError` during a step."""
+        if self._step is not None:
+            raise LocalProtocolError(f"{self.key}: its cache was evicted under a running forward")
+        self.cached_len = 0
+
     def wake_at(self) -> float | None:
-        """When `plan` may say yes although nothing has arrived since it said no."""
-        return self._ready_at + self._settings.starved_after_ms / 1000 if self._is_ready else None
+        """When an offer may come although nothing has arrived since there was none."""
+        waits_for_drafts = self.is_ready and self._settings.self_decode is SelfDecode.OFF and not self._is_starved
+        return self._ready_at + self._settings.starved_after_ms / 1000 if waits_for_drafts else None
 
-    def plan(self, policy: StepPolicy, spare: bool, now: float) -> Rows | None:
-        """Rows for the next step, or None: finished, stepping, waiting for an acknowledgement or for drafts."""
-        if not self._is_ready:
+    def offer(self, now: float) -> Offer | None:
+        """What the next step could do for it; None: finished, stepping, or waiting for an acknowledgement or drafts."""
+        if not self.is_ready:
             return None
+        worth: list[float] = []
+        if len(self._tree):
+            count, last_position = self._settings.max_draft_rows, self._limit - 2
+            self._offered, worth = self._tree.best(count, last_position, self._calibration.table)
+        else:
+            self._offered = []
+        decodes = self._decodes(now)
+        prefill_rows = len(self.log) - self.cached_len - 1
+        if not worth and not prefill_rows and decodes is Decodes.NEVER:
+            return None
+        weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
+        return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
+
+    def take(self, num_rows: int, now: float) -> Rows:
+        """The offer was granted this many rows: a step is in flight. Raises `LocalProtocolError` for no rows."""
+        if num_rows < 1 or self._step is not None:
+            raise LocalProtocolError(f"{self.key}: took {num_rows} rows, {self!r}")
         uncached = self.log.tokens(self.cached_len)
-        queue_ms = (now - self._ready_at) * 1000
-        if len(uncached) > self._settings.prefill_chunk_tokens:
-            chunk = uncached[: self._settings.prefill_chunk_tokens]
-            self._step = _Step(len(chunk), (), True, queue_ms)
-            return self._rows(chunk, (), len(chunk))
-        may_decode = len(uncached) > 1 or self._may_decode(spare, now)
-        nodes = self._tree.best(self._limit - 2)[: self._settings.max_draft_rows]
-        if nodes:
-            worth = [self._acceptance.rate ** (node.position + 1 - len(self.log)) for node in nodes]
-            nodes = nodes[: max(policy.draft_rows(len(uncached), worth), 0 if may_decode else 1)]
-        elif not may_decode:
-            return None
-        self._step = _Step(len(uncached), tuple(nodes), False, queue_ms)
-        return self._rows(uncached, tuple(nodes), len(uncached) - 1)
+        partial = num_rows < len(uncached)
+        fed = uncached[:num_rows]
+        nodes = self._offered[: num_rows - len(fed)]
+        self._offered = []
+        self._step = _Step(len(fed), nodes, partial, (now - self._ready_at) * 1000)
+        return self._rows(fed, nodes, len(fed) if partial else len(fed) - 1)
 
-    def stepped(self, selected: tuple[int, ...], verify_ms: float, now: float) -> Stepped:
-        """The step's selected tokens are here: commit. Raises `LocalProtocolError` without a step in flight."""
+    def stepped(self, selected: tuple[int, ...], verify_ms: float, max_ahead: int, now: float) -> Stepped:
+        """The step's selected tokens are here: commit. At most `max_ahead` draft tokens may be pending from now on.
+
+        Raises `LocalProtocolError` without a step in flight.
+        """
         step, self._step = self._step, None
         if step is None:
-            raise LocalProtocolError("stepped without a plan")
-        start, self._ready_at = self.cached_len, now
-        if step.partial:
+            raise LocalProtocolError("stepped without a step in flight")
+        start = self.cached_len
+        self.is_suspect = False
+        self._num_steps += 1
+        if step.partial:  # it goes on where it is in the line of prompts
             self.cached_len += step.fed
             return Stepped(None, start, tuple(range(step.fed)))
+        self._ready_at = now
         accepted, tokens = self._judge(step, selected)
         self.log.extend(tokens)
         judged = self._tree.advance(tokens)
-        self._acceptance.observe(judged.matched, judged.failed)
+        self._tree.limit = max_ahead
+        self._calibration.observe(judged.matched, judged.failed)
+        self._num_drafted += len(step.nodes)
+        self._num_accepted += len(accepted)
+        self._recent_tokens = self.goodput(now) * _GOODPUT_WINDOW_S + len(tokens)
+        self.stepped_at = now
         self.finish = self._finish_of(tokens[-1])
         self.cached_len = len(self.log) - 1
         rows = (*range(step.fed), *(step.fed + index for index in accepted))[: self.cached_len - start]
@@ -168,26 +238,47 @@ class CloudSession:
             finish=self.finish,
             queue_ms=step.queue_ms,
             verify_ms=verify_ms,
-            max_ahead=self._settings.max_pending_tokens,
+            max_ahead=max_ahead,
         )
         return Stepped(commit, start, rows)
 
-    def _may_decode(self, spare: bool, now: float) -> bool:
+    def failed(self) -> None:
+        """The forward of the step in flight failed: nothing was committed, and what the cache holds is unknown."""
+        self._step = None
+        self.cached_len = 0
+        self.is_suspect = True
+
+    @property
+    def _state(self) -> str:
+        if self.finish is not Finish.NONE:
+            return "finished"
+        if self._step is not None:
+            return "stepping"
+        if len(self.log) - self.cached_len > 1:
+            return "prefill"
+        return "ready" if self.is_ready else "waiting"
+
+    def _decodes(self, now: float) -> Decodes:
         """May the step be a plain decode step? A session that drafts nothing is always served."""
         mode = self._settings.self_decode
-        if self.opened.want is Want.STREAM or mode is SelfDecode.ALWAYS or (mode is SelfDecode.IDLE and spare):
-            return True
+        if self.opened.want is Want.STREAM or mode is SelfDecode.ALWAYS:
+            return Decodes.FREELY
         self._is_starved |= now >= self._ready_at + self._settings.starved_after_ms / 1000
-        return self._is_starved
+        if self._is_starved:
+            return Decodes.FREELY
+        return Decodes.SPARE if mode is SelfDecode.IDLE else Decodes.NEVER
 
-    def _rows(self, fed: tuple[int, ...], nodes: tuple[Node, ...], first_selected: int) -> Rows:
-        row_of = {id(node): len(fed) + index for index, node in enumerate(nodes)}
+    def _rows(self, fed: tuple[int, ...], nodes: list[Node], first_selected: int) -> Rows:
         last_fed = len(fed) - 1
-        parents = [*range(-1, last_fed), *(row_of.get(id(node.parent), last_fed) for node in nodes)]
+        parents = list(range(-1, last_fed))
+        if nodes:
+            row_of = {id(node): len(fed) + index for index, node in enumerate(nodes)}
+            parents += [row_of.get(id(node.parent), last_fed) for node in nodes]
+            fed += tuple([node.token for node in nodes])
         return Rows(
             session_id=self.key,
             start=self.cached_len,
-            tokens=fed + tuple(node.token for node in nodes),
+            tokens=fed,
             parents=tuple(parents),
             first_selected=first_selected,
             sampling=self.opened.sampling,

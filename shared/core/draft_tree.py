@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
+from shared.core.acceptance import Calibration
 from shared.core.messages import Draft
 from shared.core.tokens import TokenLog, next_hash
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One pending draft token. `path_confidence` is the product of the draft's own probabilities from the root."""
+    """One pending draft token. `confidence` is the draft's own probability of it, as a byte."""
 
     token: int
     position: int
     prefix_hash: int
-    path_confidence: float
+    confidence: int
     parent: Node | None = None
     children: dict[int, Node] = field(default_factory=dict)
 
@@ -38,20 +40,23 @@ class Grafted:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What a commit said about the pending drafts: tokens that matched, and whether drafts existed where none did."""
+    """What a commit said about pending drafts: the confidences of those that matched, and of the one that did not.
 
-    matched: int
-    failed: bool
+    Among siblings that all did not match, `failed` names the surest; it is empty where nothing was pending.
+    """
+
+    matched: bytes
+    failed: bytes
 
 
 class DraftTree:
     """At most `limit` pending tokens on top of a committed `TokenLog` that the owner keeps."""
 
     def __init__(self, log: TokenLog, limit: int) -> None:
+        self.limit = limit
         self._log = log
-        self._limit = limit
         self._nodes: dict[int, Node] = {}  # by prefix hash; the root is not among them
-        self._root = Node(-1, len(log) - 1, log.hash_at(len(log)), 1.0)
+        self._root = Node(-1, len(log) - 1, log.hash_at(len(log)), 255)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -80,33 +85,52 @@ class DraftTree:
 
     def advance(self, tokens: Sequence[int]) -> Judged:
         """Re-root along tokens that were just committed (and appended to the log)."""
-        matched, node = 0, self._root
+        matched, node = bytearray(), self._root
         for token in tokens:
             child = node.children.get(token)
             if child is None:
-                failed = bool(node.children)
+                siblings = [sibling.confidence for sibling in node.children.values()]
                 self._nodes.clear()
-                self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 1.0)
-                return Judged(matched, failed)
-            matched, node = matched + 1, child
+                self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 255)
+                return Judged(bytes(matched), bytes((max(siblings),)) if siblings else b"")
+            matched.append(child.confidence)
+            node = child
         self._adopt(node)
-        return Judged(matched, False)
+        return Judged(bytes(matched), b"")
 
-    def best(self, last_position: int) -> list[Node]:
-        """Pending nodes up to a position, most confident path first, a parent always before its children."""
-        nodes = (node for node in self._nodes.values() if node.position <= last_position)
-        return sorted(nodes, key=lambda node: (-node.path_confidence, node.position))
+    def best(self, count: int, last_position: int, table: Sequence[float]) -> tuple[list[Node], list[float]]:
+        """The `count` nodes up to a position that are likeliest to be accepted, likeliest first, and how likely.
+
+        A node is as likely as its parent times what `table` (see `Calibration`) says of its own confidence, so a parent
+        comes before its children: DySpec's greedy tree, grown under a budget of nodes.
+        """
+        nodes: list[Node] = []
+        worth: list[float] = []
+        frontier: list[tuple[float, int, Node]] = []  # a heap; the serial number breaks ties by age
+        node, path_worth, serial = self._root, 1.0, 0
+        while len(nodes) < count:
+            if node.position < last_position:
+                for child in node.children.values():
+                    serial += 1
+                    heappush(frontier, (-path_worth * table[child.confidence >> Calibration.RANGE_BITS], serial, child))
+            if not frontier:
+                break
+            lost, _, node = heappop(frontier)
+            path_worth = -lost
+            nodes.append(node)
+            worth.append(path_worth)
+        return nodes, worth
 
     def _attach(self, parent: Node, tokens: Sequence[int], confidence: bytes) -> Grafted:
         added = 0
         for index, token in enumerate(tokens):
             child = parent.children.get(token)
             if child is None:
-                if len(self._nodes) >= self._limit:
+                if len(self._nodes) >= self.limit:
                     return Grafted(added, 0, len(tokens) - index)
-                sure = confidence[index] / 255 if confidence else 1.0
                 prefix_hash = next_hash(parent.prefix_hash, token)
-                child = Node(token, parent.position + 1, prefix_hash, parent.path_confidence * sure, parent)
+                sure = confidence[index] if confidence else 255
+                child = Node(token, parent.position + 1, prefix_hash, sure, parent)
                 parent.children[token] = self._nodes[prefix_hash] = child
                 added += 1
             parent = child
@@ -116,10 +140,8 @@ class DraftTree:
         self._nodes = {}
         self._root = root
         root.parent = None
-        scale = root.path_confidence or 1.0
         waiting = list(root.children.values())
         while waiting:
             node = waiting.pop()
-            node.path_confidence /= scale
             self._nodes[node.prefix_hash] = node
             waiting.extend(node.children.values())

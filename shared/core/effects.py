@@ -153,4 +153,13 @@ class Release:
     session_id: str
 
 
-CloudEffect = Send | EndStream | Keep | Truncate | Release
+@dataclass(frozen=True, slots=True)
+class Share:
+    """`TargetEngine.share`: the session's cache begins as the first `length` tokens of another's."""
+
+    session_id: str
+    source_id: str
+    length: int
+
+
+CloudEffect = Send | EndStream | Keep | Truncate | Release | Share

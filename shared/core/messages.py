@@ -157,5 +157,28 @@ class Failure:
     retry_after_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """One live session, for the operator's list. Lengths in tokens, `goodput` in tokens/s, times in ms.
+
+    `session` is "identity/session_id". `state` is one of: prefill, waiting (for drafts or an acknowledgement), ready,
+    stepping, finished. Counts are over the whole session; `silent_ms` is the time since its last message.
+    """
+
+    session: str
+    state: str
+    want: Want
+    prompt_len: int
+    committed_len: int
+    cached_len: int
+    pending_tokens: int
+    num_steps: int
+    num_drafted: int
+    num_accepted: int
+    goodput: float
+    draft_ms: float
+    silent_ms: float
+
+
 EdgeMessage = Open | Draft | Heartbeat | Close
 CloudMessage = Commit | NeedTokens | Heartbeat | Failure

@@ -1,6 +1,8 @@
 """What the machines ask of a policy: pure decisions, plugged in by the driver (`shared.policy` implements them)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 
@@ -34,9 +36,37 @@ class DraftPolicy(Protocol):
         ...
 
 
-class StepPolicy(Protocol):
-    """How many draft rows a step takes."""
+class Decodes(Enum):
+    """Whether a session's last committed token may be evaluated without a draft behind it (self-decode)."""
 
-    def draft_rows(self, base_rows: int, worth: list[float]) -> int:
-        """Rows to take on top of `base_rows`; `worth[i]` is the expected number of tokens that the i-th one commits."""
+    FREELY = "freely"
+    SPARE = "spare"  # only where the step has room for it
+    NEVER = "never"
+
+
+@dataclass(slots=True)
+class Offer:
+    """What one session could put into the next step; not frozen, because thousands of them are made each second.
+
+    `prefill_rows` committed tokens come before the last one and must be evaluated first; `worth[i]` is the probability
+    that draft row i commits its token, in the order in which rows are taken, never rising. `weight` is what a committed
+    token of this session counts, `waited_ms` how long the session has been ready.
+    """
+
+    prefill_rows: int
+    worth: Sequence[float]
+    decodes: Decodes
+    weight: float
+    waited_ms: float
+
+
+class StepPolicy(Protocol):
+    """Which sessions a target step serves, and how many rows each may use."""
+
+    def allot(self, offers: Sequence[Offer]) -> list[int]:
+        """Rows of each offer, 0: not in this step.
+
+        Up to `prefill_rows` they are a prefill chunk; one more evaluates the last committed token and commits its
+        successor; further ones are draft rows.
+        """
         ...

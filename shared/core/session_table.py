@@ -1,20 +1,27 @@
-"""All sessions of one verifier: which stream serves which session, and what is kept of sessions whose stream is gone.
+"""All sessions of one verifier: which stream serves which session, what each step does, and who must wait.
 
-A stream is a number chosen by the server; a session has at most one. When a stream is lost its session is parked: the
-token log and the cache stay, so the session can be opened again by its known prefix, on any stream. Opening a session
-that another stream still serves takes it over (the edge redialled before we noticed): the old stream ends.
+A stream is a number chosen by the server; a session has at most one. When a stream ends its session is parked: the
+token log and the cache stay for a while, so that the session can be opened again by its known prefix, on any stream.
+Opening a session that another stream still serves takes it over (the edge redialled before we noticed): the old stream
+ends.
 
-While a target step is in flight only heartbeats are answered; everything else waits in the inbox until `stepped`, so
-nothing ever changes under a running forward.
+While a target step is in flight, drafts, heartbeats and new sessions are taken in as ever. Only what would take away a
+session that is in that step waits until `stepped`, and what comes on the same stream after it waits behind it.
+
+A step whose forward fails says nothing about which session was at fault. So each of them gets its next step alone; who
+fails alone is given up, the others have lost time only.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 
+from shared.core.cache_ledger import CacheLedger
 from shared.core.cloud_session import CloudSession
-from shared.core.effects import CloudEffect, EndStream, Keep, Release, Rows, Send, Truncate
+from shared.core.effects import CloudEffect, EndStream, Keep, Rows, Send
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
+from shared.core.kv_blocks import BLOCK_TOKENS
 from shared.core.messages import (
     PROTOCOL_VERSION,
     Close,
@@ -25,10 +32,16 @@ from shared.core.messages import (
     Heartbeat,
     NeedTokens,
     Open,
+    SessionStatus,
 )
-from shared.core.policies import StepPolicy
+from shared.core.policies import Offer, StepPolicy
 from shared.core.settings import TableSettings
 from shared.core.tokens import TokenLog
+
+# Behind an Open that waits for its session's step: more than an edge drafts in that time. What is beyond is dropped.
+_MAX_WAITING = 64
+_LEAST_AHEAD = 8  # draft tokens that every session may have pending, however many sessions there are
+_CHECK_EVERY_S = 10.0
 
 
 @dataclass(slots=True)
@@ -36,39 +49,49 @@ class _Stream:
     identity: str
     heard_at: float
     session: CloudSession | None = None
+    waiting: deque[Open | Draft | Close | None] = field(default_factory=deque)  # None: the stream was lost
 
 
 @dataclass(frozen=True, slots=True)
-class _Parked:
-    log: TokenLog
-    cached_len: int
-    heard_at: float
+class Plan:
+    """The next step: what the engine must do first, and the rows, one entry a session; empty: nothing to do."""
+
+    effects: list[CloudEffect]
+    batch: list[Rows]
 
 
 class SessionTable:
     """Pure bookkeeping between streams and sessions; the worker's one source of rows and effects."""
 
     def __init__(self, settings: TableSettings, policy: StepPolicy) -> None:
+        self.ledger = CacheLedger(settings)
         self._settings = settings
         self._policy = policy
         self._streams: dict[int, _Stream] = {}
-        self._parked: dict[str, _Parked] = {}  # oldest first
+        self._stream_of: dict[str, int] = {}  # of each live session, by its key
         self._planned: list[CloudSession] = []
-        self._inbox: deque[tuple[int, Open | Draft | Close | None]] = deque()  # None: the stream was lost
+        self._room_at = inf  # at the last plan the cache had no room for somebody: when it may have
+        self._checked_at = 0.0
 
     def __repr__(self) -> str:
         live = ", ".join(repr(session) for session in self.sessions)
-        return f"<SessionTable {len(self._streams)} streams, {len(self._parked)} parked: {live}>"
+        return f"<SessionTable {len(self._streams)} streams, {self.ledger.num_parked} parked: {live}>"
 
     @property
     def sessions(self) -> list[CloudSession]:
-        """Sessions that a stream serves, finished ones included."""
-        return [stream.session for stream in self._streams.values() if stream.session]
+        """Sessions that a stream serves, finished ones included; the least recently served first."""
+        return self.ledger.live
 
     @property
     def is_stepping(self) -> bool:
         """Whether a step is in flight."""
         return bool(self._planned)
+
+    def statuses(self, now: float) -> list[SessionStatus]:
+        """What an operator is shown of each live session."""
+        return [session.status(self._streams[self._stream_of[session.key]].heard_at, now) for session in self.sessions]
+
+    # -- streams ----------------------------------------------------------------------------------------------------
 
     def opened(self, stream: int, identity: str, now: float) -> None:
         """A new stream from this identity; its Open is still to come."""
@@ -80,58 +103,89 @@ class SessionTable:
         if state is None:
             return []  # already ended from our side
         state.heard_at = now
-        try:
-            if isinstance(message, Heartbeat):
-                return [self._echo(stream, state, message)]
-            if self.is_stepping:
-                self._inbox.append((stream, message))
-                return []
-            return self._handle(stream, state, message, now)
-        except RemoteProtocolError as error:
-            return self._fail(stream, Failure(FailureCode.PROTOCOL, str(error)))
-
-    def lost(self, stream: int) -> list[CloudEffect]:
-        """The stream is gone: park its session."""
-        if self.is_stepping:
-            self._inbox.append((stream, None))
+        if not isinstance(message, Heartbeat) and (state.waiting or self._must_wait(state, message)):
+            if len(state.waiting) < _MAX_WAITING:
+                state.waiting.append(message)
             return []
-        return self._drop(stream)
+        return self._try(stream, message, now)
 
-    def plan(self, now: float) -> list[Rows]:
-        """Rows of the next step, one entry a session; empty if there is nothing to do. Then `stepped` must follow."""
-        if self.is_stepping:
+    def lost(self, stream: int, now: float) -> list[CloudEffect]:
+        """The stream is gone: park its session."""
+        state = self._streams.get(stream)
+        if state is not None and state.session is not None and state.session.is_stepping:
+            state.waiting.append(None)
+            return []
+        return self._drop(stream, now)
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Plan:
+        """The next step. If it has rows, `stepped` or `failed` must follow."""
+        if self._planned:
             raise LocalProtocolError("planned a step while one is in flight")
-        live = self.sessions
-        return self._plan(live, False, now) or self._plan(live, True, now)
+        offered: list[tuple[CloudSession, Offer]] = []
+        for session in self.ledger.live:
+            offer = session.offer(now)
+            if offer is not None:
+                if session.is_suspect:
+                    offered = [(session, offer)]
+                    break
+                offered.append((session, offer))
+        grants = self._policy.allot([offer for _, offer in offered]) if offered else []
+        plan = Plan([], [])
+        served: set[str] = set()
+        self._room_at = inf
+        for (session, offer), num_rows in zip(offered, grants, strict=True):
+            was_evicted = len(session.log) - 1 - session.cached_len != offer.prefill_rows  # to make room for another
+            if not num_rows or was_evicted:
+                continue
+            if not self.ledger.make_room(session, num_rows, served, now, plan.effects):
+                self._room_at = min(self._room_at, self.ledger.room_at(session))
+                continue
+            served.add(session.key)
+            self._planned.append(session)
+            plan.batch.append(session.take(num_rows, now))
+        return plan
 
     def stepped(self, results: Sequence[tuple[int, ...]], verify_ms: float, now: float) -> list[CloudEffect]:
-        """Selected tokens of the planned rows, in order: commit them, then take what arrived in the meantime."""
+        """Selected tokens of the planned rows, in order: commit them, then do what had to wait."""
         planned, self._planned = self._planned, []
-        streams = {id(state.session): number for number, state in self._streams.items()}
+        num_live = max(len(self._stream_of), 1)
+        most, in_all = self._settings.session.max_pending_tokens, self._settings.max_pending_in_all
+        max_ahead = min(most, max(in_all // num_live, _LEAST_AHEAD))
         effects: list[CloudEffect] = []
         for session, selected in zip(planned, results, strict=True):
-            stepped = session.stepped(selected, verify_ms, now)
+            stepped = session.stepped(selected, verify_ms, max_ahead, now)
+            self.ledger.served(session)
             effects.append(Keep(session.key, stepped.start, stepped.kept_rows))
             if stepped.commit is not None:
-                effects.append(Send(streams[id(session)], stepped.commit))
-        while self._inbox:
-            stream, message = self._inbox.popleft()
-            effects += self._drop(stream) if message is None else self.receive(stream, message, now)
-        return effects
+                effects.append(Send(self._stream_of[session.key], stepped.commit))
+        return effects + self._go_on(now)
+
+    def failed(self, now: float) -> list[CloudEffect]:
+        """The forward of the step failed: its sessions' caches are dropped; a session that was alone is given up."""
+        planned, self._planned = self._planned, []
+        effects: list[CloudEffect] = []
+        for session in planned:
+            session.failed()
+            effects += self.ledger.dropped(session)
+        if len(planned) == 1:
+            failure = Failure(FailureCode.INTERNAL, "the target failed on this session", self._settings.retry_after_ms)
+            effects += self._fail(self._stream_of[planned[0].key], failure, now)
+        return effects + self._go_on(now)
 
     def tick(self, now: float) -> list[CloudEffect]:
-        """End streams and forget parked sessions that were silent for too long; `stepped` asks again after a step."""
+        """End streams and forget parked sessions that were silent for too long; look over the books now and then."""
         if self.is_stepping:
             return []
         timeout = self._settings.idle_timeout_ms / 1000
-        silent = [number for number, state in self._streams.items() if state.heard_at + timeout <= now]
         effects: list[CloudEffect] = []
-        for stream in silent:
-            effects += [*self.lost(stream), EndStream(stream)]
-        keep = self._settings.park_timeout_ms / 1000
-        for key in [key for key, parked in self._parked.items() if parked.heard_at + keep <= now]:
-            del self._parked[key]
-            effects.append(Release(key))
+        for stream in [number for number, state in self._streams.items() if state.heard_at + timeout <= now]:
+            effects += [*self._drop(stream, now), EndStream(stream)]
+        effects += self.ledger.expire(now)
+        if now >= self._checked_at + _CHECK_EVERY_S:
+            self._checked_at = now
+            self.ledger.check_integrity()
         return effects
 
     def wake_at(self) -> float | None:
@@ -140,27 +194,46 @@ class SessionTable:
             return None
         timeout = self._settings.idle_timeout_ms / 1000
         times = [state.heard_at + timeout for state in self._streams.values()]
-        times += [parked.heard_at + self._settings.park_timeout_ms / 1000 for parked in self._parked.values()]
-        times += [wake_at for session in self.sessions if (wake_at := session.wake_at()) is not None]
+        times += [wake_at for session in self.ledger.live if (wake_at := session.wake_at()) is not None]
+        times += [wake_at for wake_at in (self.ledger.wake_at(),) if wake_at is not None]
+        times += [self._room_at] if self._room_at < inf else []
         return min(times, default=None)
 
-    def _plan(self, live: list[CloudSession], spare: bool, now: float) -> list[Rows]:
-        batch: list[Rows] = []
-        for session in live:
-            rows = session.plan(self._policy, spare, now)
-            if rows is not None:
-                self._planned.append(session)
-                batch.append(rows)
-        return batch
+    # -- messages ---------------------------------------------------------------------------------------------------
 
-    def _echo(self, stream: int, state: _Stream, heartbeat: Heartbeat) -> Send:
-        if state.session is not None:
-            state.session.acknowledged(heartbeat.committed_len, heartbeat.draft_ms)
-        committed_len = len(state.session.log) if state.session else 0
-        return Send(stream, Heartbeat(heartbeat.nonce, committed_len))
+    def _must_wait(self, state: _Stream, message: Open | Draft | Close) -> bool:
+        """Whether it would take a session away that is in the step in flight."""
+        if isinstance(message, Open):
+            session = self.ledger.session(_key(state, message))
+        else:
+            session = state.session if isinstance(message, Close) else None
+        return session is not None and session.is_stepping
 
-    def _handle(self, stream: int, state: _Stream, message: Open | Draft | Close, now: float) -> list[CloudEffect]:
+    def _go_on(self, now: float) -> list[CloudEffect]:
+        """A step is over: do what waited for it."""
+        effects: list[CloudEffect] = []
+        for stream, waiting in [(number, state.waiting) for number, state in self._streams.items() if state.waiting]:
+            while waiting and stream in self._streams:  # it may be ended by another one that takes its session over
+                message = waiting.popleft()
+                if message is None:
+                    effects += self._drop(stream, now)
+                else:
+                    effects += self._try(stream, message, now)
+        return effects
+
+    def _try(self, stream: int, message: Open | Draft | Close | Heartbeat, now: float) -> list[CloudEffect]:
+        try:
+            return self._handle(stream, self._streams[stream], message, now)
+        except RemoteProtocolError as error:
+            return self._fail(stream, Failure(FailureCode.PROTOCOL, str(error)), now)
+
+    def _handle(self, stream: int, state: _Stream, message: EdgeMessage, now: float) -> list[CloudEffect]:
         match message:
+            case Heartbeat():
+                if state.session is not None:
+                    state.session.acknowledged(message.committed_len, message.draft_ms, now)
+                committed_len = len(state.session.log) if state.session else 0
+                return [Send(stream, Heartbeat(message.nonce, committed_len))]
             case Open():
                 if state.session is not None:
                     raise RemoteProtocolError("Open on a stream whose session is open")
@@ -168,38 +241,31 @@ class SessionTable:
             case Draft():
                 failure = self._strange_id(message.tokens)
                 if failure is not None:
-                    return self._fail(stream, failure)
+                    return self._fail(stream, failure, now)
                 if state.session is not None:  # else it hangs on an Open that was answered by NeedTokens: stale
                     state.session.drafted(message, now)
                 return []
-            case _:  # Close: nobody will come back for it
-                del self._streams[stream]
-                return [*([Release(state.session.key)] if state.session else []), EndStream(stream)]
+            case Close():
+                return [*self._drop(stream, now), EndStream(stream)]
 
     def _open(self, stream: int, state: _Stream, message: Open, now: float) -> list[CloudEffect]:
         failure = self._refusal(message)
         if failure is not None:
-            return self._fail(stream, failure)
-        key = f"{state.identity}/{message.session_id}"
-        effects = self._take_over(key)
-        if len(self.sessions) >= self._settings.max_sessions:
-            detail = f"all {self._settings.max_sessions} sessions are in use"
-            busy = Failure(FailureCode.RESOURCE_EXHAUSTED, detail, self._settings.retry_after_ms)
-            return [*effects, *self._fail(stream, busy)]
-        parked = self._parked.get(key, _Parked(TokenLog(), 0, now))
-        if message.known_len and not parked.log.has_prefix(message.known_len, message.known_hash):
+            return self._fail(stream, failure, now)
+        key = _key(state, message)
+        effects = self._take_over(key, now)
+        known = self.ledger.parked_log(key)
+        if message.known_len and not known.has_prefix(message.known_len, message.known_hash):
             return [*effects, Send(stream, NeedTokens())]
         length = message.known_len + len(message.tokens)  # hashing a log takes 0.3 s per million tokens: look first
-        if length >= min(message.prompt_len + message.max_new_tokens, self._settings.session.context_length):
-            detail = f"{length} tokens leave no room in a context of {self._settings.session.context_length}"
-            return [*effects, *self._fail(stream, Failure(FailureCode.CONTEXT_LENGTH, detail))]
-        log = TokenLog(parked.log.tokens(0, message.known_len) + message.tokens)
-        cached_len = min(parked.cached_len, parked.log.match(0, log.tokens()), len(log) - 1)
-        if cached_len < parked.cached_len:
-            effects.append(Truncate(key, cached_len))
-        self._parked.pop(key, None)
+        failure = self._no_place(message, length)
+        if failure is not None:
+            return [*effects, *self._fail(stream, failure, now)]
+        log = TokenLog(known.tokens(0, message.known_len) + message.tokens)
+        cached_len, found = self.ledger.find(key, state.identity, log, now)
         state.session = CloudSession(key, message, log, cached_len, self._settings.session, now)
-        return [*effects, *self._evict()]
+        self._stream_of[key] = stream
+        return [*effects, *found, *self.ledger.opened(state.session)]
 
     def _strange_id(self, tokens: tuple[int, ...]) -> Failure | None:
         """An id that the target has no row for would fail every session of its step."""
@@ -221,27 +287,38 @@ class SessionTable:
             return Failure(FailureCode.INVALID_REQUEST, detail)
         return self._strange_id(message.tokens)
 
-    def _take_over(self, key: str) -> list[CloudEffect]:
-        for number, state in list(self._streams.items()):
-            if state.session is not None and state.session.key == key:
-                return [*self._drop(number), EndStream(number)]
-        return []
+    def _no_place(self, message: Open, length: int) -> Failure | None:
+        """Why a session of this length cannot begin, or not now (admission by context, load and memory)."""
+        limits, live = self._settings, self.ledger.live
+        context_length = limits.session.context_length
+        if length >= min(message.prompt_len + message.max_new_tokens, context_length):
+            detail = f"{length} tokens leave no room in a context of {context_length}"
+            return Failure(FailureCode.CONTEXT_LENGTH, detail)
+        if len(live) >= limits.max_sessions:
+            detail = f"all {limits.max_sessions} sessions are in use"
+        elif sum(session.is_active for session in live) >= limits.max_active_sessions:
+            detail = f"{limits.max_active_sessions} sessions are being served; one more would slow all of them down"
+        elif not self.ledger.has_room(length):
+            detail = f"the cache of {limits.cache_blocks * BLOCK_TOKENS} tokens is in use"
+        else:
+            return None
+        return Failure(FailureCode.RESOURCE_EXHAUSTED, detail, limits.retry_after_ms)
 
-    def _drop(self, stream: int) -> list[CloudEffect]:
+    def _take_over(self, key: str, now: float) -> list[CloudEffect]:
+        stream = self._stream_of.get(key)
+        return [] if stream is None else [*self._drop(stream, now), EndStream(stream)]
+
+    def _drop(self, stream: int, now: float) -> list[CloudEffect]:
+        """The stream is no more; its session, which no step serves, is parked."""
         state = self._streams.pop(stream, None)
         if state is None or state.session is None:
             return []
-        session = state.session
-        self._parked[session.key] = _Parked(session.log, session.cached_len, state.heard_at)
-        return self._evict()
+        del self._stream_of[state.session.key]
+        return self.ledger.park(state.session, now)
 
-    def _evict(self) -> list[CloudEffect]:
-        effects: list[CloudEffect] = []
-        while self._parked and len(self._parked) + len(self.sessions) > self._settings.max_sessions:
-            key = next(iter(self._parked))
-            del self._parked[key]
-            effects.append(Release(key))
-        return effects
+    def _fail(self, stream: int, failure: Failure, now: float) -> list[CloudEffect]:
+        return [Send(stream, failure), *self.lost(stream, now), EndStream(stream)]
 
-    def _fail(self, stream: int, failure: Failure) -> list[CloudEffect]:
-        return [Send(stream, failure), *self.lost(stream), EndStream(stream)]
+
+def _key(state: _Stream, message: Open) -> str:
+    return f"{state.identity}/{message.session_id}"

@@ -93,18 +93,28 @@ class CloudSettings:
     max_draft_rows: int = 16
     max_pending_tokens: int = 256
     window_tokens: int = 128
-    prefill_chunk_tokens: int = 256
     starved_after_ms: float = 500.0
 
 
 @dataclass(frozen=True, slots=True)
 class TableSettings:
-    """Limits over all sessions."""
+    """Limits over all sessions. Durations in ms.
+
+    `cache_blocks` and `cache_sessions` are what the engine's cache takes; a session that has been served within
+    `residency_ms` and has more to do is not evicted from it. `max_active_sessions` bounds those that have something to
+    do, `max_pending_in_all` the draft tokens held for all sessions together.
+    """
 
     session: CloudSettings
     vocabulary: Fingerprint
-    max_sessions: int = 64
+    cache_blocks: int
+    cache_sessions: int = 1 << 20
+    max_sessions: int = 256
+    max_active_sessions: int = 1 << 20
+    max_pending_in_all: int = 16_384
     max_new_tokens: int = 4096
+    share_across_identities: bool = False
     idle_timeout_ms: float = 30_000.0
-    park_timeout_ms: float = 300_000.0  # how long the cache of a lost stream's session is kept for its return
+    park_timeout_ms: float = 300_000.0  # how long a session's tokens and cache are kept after its stream is gone
+    residency_ms: float = 2_000.0
     retry_after_ms: int = 1_000

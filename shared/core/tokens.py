@@ -4,6 +4,7 @@ The hash names a prefix of the log: `h(0) = 0; h(n+1) = (h(n) * B + token + 1) m
 fingerprint over a Mersenne prime). Two different prefixes of n tokens collide with probability below n / 2^61.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -24,8 +25,8 @@ class TokenLog:
     __slots__ = ("_hashes", "_tokens")
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._tokens: list[int] = []
-        self._hashes: list[int] = [0]
+        self._tokens = array("i")  # a server holds thousands of logs: 12 bytes a token, not 80
+        self._hashes = array("Q", (0,))
         self.extend(tokens)
 
     def __len__(self) -> int:

@@ -168,16 +168,18 @@ class Checks:
         if commit.num_accepted > commit.num_drafted:
             self.violated(edge, now, f"{commit} accepts more than was drafted")
 
-    def planned(self, batch: Sequence[fx.Rows], settings: CloudSettings) -> None:
+    def planned(self, batch: Sequence[fx.Rows], settings: CloudSettings, chunk_tokens: int) -> None:
         """A step keeps to the operator's limits; empty ones do not happen."""
         for rows in batch:
             draft_rows = len(rows.tokens) - rows.first_selected - 1
             if not rows.tokens or draft_rows > settings.max_draft_rows:
                 self.violations.append(f"{rows.session_id}: {draft_rows} draft rows in a step")
-            if len(rows.tokens) - max(draft_rows, 0) > settings.prefill_chunk_tokens:
-                self.violations.append(f"{rows.session_id}: a prefill of {len(rows.tokens)} rows")
             if rows.start + len(rows.tokens) > settings.context_length + settings.max_draft_rows:
                 self.violations.append(f"{rows.session_id}: a step beyond the context")
+        prefill_rows = sum(rows.first_selected for rows in batch)
+        self.visits["prefill:shared"] += sum(rows.first_selected > 0 for rows in batch) > 1
+        if prefill_rows > chunk_tokens:
+            self.violations.append(f"a prefill of {prefill_rows} rows in one step, {chunk_tokens} allowed")
 
     def rests(self, table: SessionTable, now: float) -> None:
         """A verifier with nothing to do sleeps until a time to come."""
@@ -186,10 +188,19 @@ class Checks:
             self.violations.append(f"verifier at {now:.3f} s: a timer is due and nothing is done: {table!r}")
 
     def caches_hold(self, table: SessionTable, target: ToyTarget) -> None:
-        """The target's caches are prefixes of what is committed, of the length that the sessions believe."""
+        """The target's caches are prefixes of what is committed, of the length that the sessions believe.
+
+        And the table's books agree with what the target holds.
+        """
+        self.visits["evicted"] = max(self.visits["evicted"], table.ledger.num_evicted)
+        table.ledger.check_integrity()
+        target.blocks.check_integrity()
+        used = target.blocks.num_blocks - target.blocks.num_free
+        if table.ledger.used_blocks != used:
+            self.violations.append(f"the target holds {used} blocks, {table.ledger.used_blocks} in the books")
         for session in table.sessions:
-            cache = target.caches.get(session.key)
-            if cache is None or session.is_stepping:
+            cache = target.caches.get(session.key, TokenLog())
+            if session.is_stepping:
                 continue
             if len(cache) > len(session.log) - 1 or len(cache) != session.cached_len:
                 self.violations.append(f"cache rule: {len(cache)} cached of {session!r}")

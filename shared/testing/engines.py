@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError
+from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.selection import select
 from shared.core.tokens import TokenLog, next_hash
-from shared.engine import Capabilities, DraftEngine, Proposal
+from shared.engine import Capabilities, DraftEngine, Proposal, TargetLimits
 
 TOY_VOCABULARY = Fingerprint(size=1000, digest=b"toy")
 _MIX = 0x9E37_79B9_7F4A_7C15
@@ -134,8 +135,11 @@ class ToyDraft:
 class ToyTarget:
     """A `TargetEngine` over a toy model, trees included; it checks the cache rule on every forward."""
 
-    def __init__(self, model: ToyModel, base_ms: float = 30.0, row_ms: float = 1.0) -> None:
+    def __init__(
+        self, model: ToyModel, base_ms: float = 30.0, row_ms: float = 1.0, cache_tokens: int = 1 << 16
+    ) -> None:
         self.caches: dict[str, TokenLog] = {}
+        self.blocks = KvBlocks(cache_tokens // BLOCK_TOKENS)
         self._model = model
         self._base_ms = base_ms
         self._row_ms = row_ms
@@ -145,6 +149,11 @@ class ToyTarget:
     def capabilities(self) -> Capabilities:
         """Everything."""
         return Capabilities(can_rollback=True, can_tree=True, max_context=1 << 20)
+
+    @property
+    def limits(self) -> TargetLimits:
+        """What its blocks take."""
+        return TargetLimits(max_rows=2048, cache_tokens=self.blocks.num_blocks * BLOCK_TOKENS, cache_sessions=1 << 20)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -163,14 +172,29 @@ class ToyTarget:
             raise LocalProtocolError(f"rows {tuple(rows)} are no path in {forwarded.parents}")
         cache.truncate(start)
         cache.extend(forwarded.tokens[row] for row in rows)
+        self.blocks.cut(session_id, len(cache))
 
     def truncate(self, session_id: str, length: int) -> None:
         """See `TargetEngine`."""
+        if self.blocks.cut(session_id, length) != length:
+            raise LocalProtocolError(f"{session_id}: truncated to {length}, inside of a shared block")
         self.caches[session_id].truncate(length)
+
+    def share(self, session_id: str, source_id: str, length: int) -> None:
+        """See `TargetEngine`."""
+        if self.blocks.share(session_id, source_id, length) != length:
+            raise LocalProtocolError(f"{session_id}: shares {length} tokens, which are no whole blocks")
+        self.caches[session_id] = TokenLog(self.caches[source_id].tokens(0, length))
 
     def release(self, session_id: str) -> None:
         """See `TargetEngine`."""
         self.caches.pop(session_id, None)
+        self.blocks.release(session_id)
+
+    def restart(self) -> None:
+        """Every cache is lost."""
+        self.caches.clear()
+        self.blocks = KvBlocks(self.blocks.num_blocks)
 
     def cost_ms(self, rows: int) -> float:
         """Linear."""
@@ -180,6 +204,8 @@ class ToyTarget:
         cache = self.caches.setdefault(rows.session_id, TokenLog())
         if rows.start != len(cache):
             raise LocalProtocolError(f"{rows.session_id}: rows start at {rows.start}, the cache holds {len(cache)}")
+        if not self.blocks.resize(rows.session_id, rows.start + len(rows.tokens)):
+            raise LocalProtocolError(f"{rows.session_id}: no blocks for {len(rows.tokens)} rows")
         self._forwarded[rows.session_id] = rows
         hashes: list[int] = []
         positions: list[int] = []

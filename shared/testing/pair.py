@@ -12,7 +12,7 @@ from shared.core.policies import DraftPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import EdgeSettings, Request, TableSettings
 from shared.core.tokens import TokenLog
-from shared.policy.step_rule import BestRate
+from shared.policy.scheduler import BestRate
 from shared.testing.engines import ToyDraft, ToyTarget
 
 TURN_S = 0.01
@@ -27,7 +27,7 @@ class Pair:
     ) -> None:  # fmt: skip
         self.now = 0.0
         self.session = EdgeSession(request, edge, policy)
-        self.table = SessionTable(table, BestRate(target.cost_ms))
+        self.table = SessionTable(table, BestRate(target.cost_ms, target.limits.max_rows))
         self.shown = TokenLog(request.prompt)
         self.commits: list[Commit] = []
         self.finished: fx.Finished | None = None
@@ -45,9 +45,10 @@ class Pair:
             if self.finished is not None:
                 return
             self.now += TURN_S
-            batch = self.table.plan(self.now)
-            if batch:
-                self._cloud(self.table.stepped(self._target.forward(batch), 1.0, self.now))
+            plan = self.table.plan(self.now)
+            self._cloud(plan.effects)
+            if plan.batch:
+                self._cloud(self.table.stepped(self._target.forward(plan.batch), 1.0, self.now))
             wakes_at = self.session.wake_at()
             if wakes_at is not None and wakes_at <= self.now:
                 self._edge(self.session.tick(self.now))

@@ -18,6 +18,7 @@ from shared.core.settings import (
     TableSettings,
 )
 from shared.policy.run_ahead import RunAhead, StopAndWait
+from shared.policy.scheduler import LEAST_CHUNK_ROWS
 from shared.testing.checks import SimEdge
 from shared.testing.engines import TOY_VOCABULARY, HashModel, NoisyModel, ToyDraft, ToyTarget
 from shared.testing.link_model import LinkModel
@@ -39,7 +40,9 @@ MUST_VISIT = {
     **dict.fromkeys(("finish:none", "dial:fresh", "dial:again"), 12),
     **dict.fromkeys(("fault:reset", "fault:blackhole", "fault:half_open", "fault:stall", "fault:restart"), 100),
     **dict.fromkeys(("fault:overload", "fault:slow", "fault:late_delivery", "fault:silent_edge"), 50),
-    "budget": 40,
+    "budget": 20,
+    "evicted": 25,
+    **dict.fromkeys(("effect:Share", "fault:forward", "prefill:shared"), 50),
     **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
 }
 
@@ -66,47 +69,57 @@ def play(seed: int) -> Outcome:
     stop_rate, base_ms = random.choice((0.0, 0.0, 0.02)), random.choice((8.0, 30.0, 65.0))
     row_ms, calm = random.choice((0.2, 1.0, 5.0)), random.random() < 0.25
     model = HashModel(salt=seed, stop_rate=0.0 if calm else stop_rate)  # calm ones are long enough for the byte budget
-    target = ToyTarget(model, base_ms=base_ms, row_ms=row_ms)
+    sessions = 1 if random.random() < 0.7 else random.choice((3, 6))
     context_length = random.choice((4096, 4096, 120))
+    is_tight = not calm and sessions > 1 and random.random() < 0.7  # the cache does not hold all sessions
+    target = ToyTarget(model, base_ms=base_ms, row_ms=row_ms, cache_tokens=320 if is_tight else 1 << 16)
     cloud = CloudSettings(
-        context_length=4096 if calm else context_length,
+        context_length=4096 if calm else 280 if is_tight else context_length,
         self_decode=random.choice(list(SelfDecode)),
         max_draft_rows=random.choice((4, 16)),
         max_pending_tokens=random.choice((12, 64, 256)),
         window_tokens=random.choice((24, 128)),
-        prefill_chunk_tokens=random.choice((8, 256)),
     )
-    sessions = 1 if random.random() < 0.8 else 3
     settings = TableSettings(
         cloud,
         TOY_VOCABULARY,
+        cache_blocks=target.blocks.num_blocks,
         max_sessions=sessions,
+        share_across_identities=random.random() < 0.5,
         idle_timeout_ms=2_500.0,
         park_timeout_ms=4_000.0,
         retry_after_ms=300,
     )
-    world = World(seed, model, target, settings)
-    link_only = True
+    chunk_tokens = random.choice((8, 256))
+    world = World(seed, model, target, settings, chunk_tokens)
+    system_prompt = tuple(random.randrange(1, 1000) for _ in range(random.choice((0, 20, 70))))
+    link_only = not is_tight
     for index in range(sessions):
-        edge = _add_edge(world, random, model, seed * 8 + index, calm)
+        edge = _add_edge(world, random, model, seed * 8 + index, system_prompt, calm)
         if not calm:
             link_only &= _schedule_faults(world, random, edge)
     world.run()
     for edge in world.edges:
         if calm:
             _check_budget(world, edge)
-        _check_gaps(world, edge, link_only, target.cost_ms(sessions * (1 + cloud.max_draft_rows)))
+        step_ms = target.cost_ms(sessions * (1 + cloud.max_draft_rows))
+        prompts_ms = step_ms * (
+            sum(len(other.request.prompt) for other in world.edges) // min(chunk_tokens, LEAST_CHUNK_ROWS)
+        )
+        _check_gaps(world, edge, link_only, step_ms, prompts_ms)
     tokens = sum(len(edge.user.log) - len(edge.request.prompt) for edge in world.edges)
     return Outcome(sessions, tokens, world.checks.violations, world.checks.visits)
 
 
-def _add_edge(world: World, random: Random, model: HashModel, seed: int, calm: bool) -> SimEdge:
+def _add_edge(
+    world: World, random: Random, model: HashModel, seed: int, system_prompt: tuple[int, ...], calm: bool
+) -> SimEdge:
     acceptance = random.choice((0.9, 0.97, 1.0) if calm else (0.0, 0.3, 0.7, 0.9, 0.97, 1.0))
     policy: DraftPolicy = RunAhead() if random.random() < 0.75 else StopAndWait(random.choice((1, 5)))
     mismatch = not calm and random.random() < 0.03
     request = Request(
         session_id=f"s{seed}",
-        prompt=tuple(random.randrange(1, 1000) for _ in range(random.choice((1, 5, 40)))),
+        prompt=system_prompt + tuple(random.randrange(1, 1000) for _ in range(random.choice((1, 5, 40)))),
         max_new_tokens=120 if calm else random.choice((1, 30, 120)),
         vocabulary=Fingerprint(999, b"other") if mismatch else TOY_VOCABULARY,
         sampling=Sampling(seed=seed),
@@ -137,7 +150,7 @@ def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
     faults = []
     for _ in range(random.randrange(1, 5)):
         when, lasts_s = random.random() * 4.0, random.choice((0.05, 0.4, 1.0, 3.0, 8.0))
-        faults.append(random.randrange(9))
+        faults.append(random.randrange(10))
         match faults[-1]:
             case 0:
                 world.at(when, partial(world.reset_link, edge, lasts_s))
@@ -157,6 +170,8 @@ def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
                 world.at(when, partial(world.slow_down, lasts_s + 2.0, slow_ms=700.0))
             case 7:
                 world.at(when, partial(world.overload, lasts_s))
+            case 8:
+                world.at(when / 4, partial(world.poison, edge, lasts_s / 4))
             case _:
                 when /= 4  # early: most sessions are short
                 world.at(when, partial(world.slow_down, lasts_s, slow_ms=700.0 if lasts_s < 2 else 4_000.0))
@@ -165,18 +180,18 @@ def _schedule_faults(world: World, random: Random, edge: SimEdge) -> bool:
     return max(faults) < 5
 
 
-def _check_gaps(world: World, edge: SimEdge, link_only: bool, step_ms: float) -> None:
+def _check_gaps(world: World, edge: SimEdge, link_only: bool, step_ms: float, prompts_ms: float) -> None:
     """Where the link alone is at fault, no pause is longer than `max_stall_ms` and what the work in hand takes.
 
     A verifier at fault may cost the patience too. Silence counts from the last message, a heartbeat perhaps: a step may
     have been on its way for its own duration and a round trip. Then the draft engine may have to finish a chunk before
-    it drafts the token to show.
+    it drafts the token to show. Before the first token everybody's prompt may have to be read.
     """
     room = edge.engine.capabilities.max_context
     if edge.settings.on_disconnect is not OnDisconnect.CONTINUE or room < 1000:
         return
     world.checks.visits["gaps:link" if link_only else "gaps:verifier"] += 1
-    slack_ms = 2 * (edge.link.one_way_ms + edge.link.jitter_ms) + 2 * step_ms + 6 * edge.draft_ms
+    slack_ms = 2 * (edge.link.one_way_ms + edge.link.jitter_ms) + 2 * step_ms + 6 * edge.draft_ms + prompts_ms
     allowed_ms = MAX_STALL_MS + slack_ms + (0.0 if link_only else edge.settings.patience_ms)
     if edge.user.longest_gap_s > allowed_ms / 1000:
         what = f"showed nothing for {edge.user.longest_gap_s:.2f} s, {allowed_ms:.0f} ms allowed"

@@ -20,7 +20,7 @@ from shared.core.policies import DraftPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import EdgeSettings, Request, TableSettings
 from shared.core.tokens import TokenLog
-from shared.policy.step_rule import BestRate
+from shared.policy.scheduler import BestRate
 from shared.testing.checks import Checks, SimEdge, SimUser
 from shared.testing.engines import ToyDraft, ToyModel, ToyTarget
 from shared.testing.link_model import LinkModel, SimStream
@@ -29,16 +29,21 @@ from shared.testing.link_model import LinkModel, SimStream
 class World:
     """One verifier and its edges. Add edges and faults, then `run`."""
 
-    def __init__(self, seed: int, model: ToyModel, target: ToyTarget, settings: TableSettings) -> None:
+    def __init__(
+        self, seed: int, model: ToyModel, target: ToyTarget, settings: TableSettings, chunk_tokens: int = 256
+    ) -> None:
         self.now = 0.0
         self.random = Random(seed)
         self.edges: list[SimEdge] = []
         self.checks = Checks(model)
         self._slow_until = 0.0
         self._slow_ms = 0.0
+        self._poison = ""
+        self._poison_until = 0.0
         self.table: SessionTable
         self._target = target
         self._settings = settings
+        self._chunk_tokens = chunk_tokens
         self._streams: dict[int, SimStream] = {}
         self._numbers: dict[tuple[int, int], int] = {}  # (edge, the edge's stream number) -> ours
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -121,7 +126,7 @@ class World:
         def leave() -> None:
             if table is self.table:
                 for place in places:
-                    self._cloud_enact(table.lost(place))
+                    self._cloud_enact(table.lost(place, self.now))
 
         self.at(self.now + busy_s, leave)
 
@@ -129,6 +134,11 @@ class World:
         """Target steps take this much longer for a while."""
         self.checks.visits["fault:slow"] += 1
         self._slow_until, self._slow_ms = self.now + slow_s, slow_ms
+
+    def poison(self, edge: SimEdge, ill_s: float) -> None:
+        """Every forward that this session is part of fails for a while."""
+        self.checks.visits["fault:forward"] += 1
+        self._poison, self._poison_until = f"edge{edge.index}/{edge.request.session_id}", self.now + ill_s
 
     def stall(self, edge: SimEdge, stall_s: float) -> None:
         """What is sent from now on is held for a while, then delivered."""
@@ -251,8 +261,9 @@ class World:
 
     def _boot(self) -> None:
         self._boots += 1
-        self._target.caches.clear()
-        self.table = SessionTable(self._settings, BestRate(self._target.cost_ms))
+        self._target.restart()
+        policy = BestRate(self._target.cost_ms, self._target.limits.max_rows, self._chunk_tokens)
+        self.table = SessionTable(self._settings, policy)
 
     def _cloud_receives(self, number: int, message: EdgeMessage) -> None:
         stream = self._streams.get(number)
@@ -267,9 +278,16 @@ class World:
 
     def _cloud_lost(self, number: int) -> None:
         if self._streams.pop(number, None) is not None:
-            self._cloud_enact(self.table.lost(number))
+            self._cloud_enact(self.table.lost(number, self.now))
 
     def _cloud_enact(self, effects: list[fx.CloudEffect]) -> None:
+        self._carry_out(effects)
+        self._step()
+        wakes_at = self.table.wake_at()
+        if wakes_at is not None:
+            self.at(max(wakes_at, self.now), partial(self._cloud_tick, self._boots))
+
+    def _carry_out(self, effects: list[fx.CloudEffect]) -> None:
         for effect in effects:
             self.checks.visits[f"effect:{type(effect).__name__}"] += 1
             match effect:
@@ -282,12 +300,10 @@ class World:
                     self._target.keep(key, start, rows)
                 case fx.Truncate(session_id=key, length=length):
                     self._target.truncate(key, length)
+                case fx.Share(session_id=key, source_id=source, length=length):
+                    self._target.share(key, source, length)
                 case fx.Release(session_id=key):
                     self._target.release(key)
-        self._step()
-        wakes_at = self.table.wake_at()
-        if wakes_at is not None:
-            self.at(max(wakes_at, self.now), partial(self._cloud_tick, self._boots))
 
     def _cloud_tick(self, boot: int) -> None:
         wakes_at = self.table.wake_at()
@@ -301,19 +317,25 @@ class World:
     def _step(self) -> None:
         if self.table.is_stepping:
             return
-        batch = self.table.plan(self.now)
-        if not batch:
+        plan = self.table.plan(self.now)
+        self._carry_out(plan.effects)
+        if not plan.batch:
             return
-        self.checks.planned(batch, self._settings.session)
-        num_rows = sum(len(rows.tokens) for rows in batch)
+        self.checks.planned(plan.batch, self._settings.session, self._chunk_tokens)
+        num_rows = sum(len(rows.tokens) for rows in plan.batch)
         took_ms = self._target.cost_ms(num_rows) + (self._slow_ms if self.now < self._slow_until else 0.0)
         boot = self._boots
-        results = self._target.forward(batch)
+        poisoned = self.now < self._poison_until and any(rows.session_id == self._poison for rows in plan.batch)
+        results = self._target.forward(plan.batch)
 
         def done() -> None:
-            if boot == self._boots:
+            if boot != self._boots:
+                return
+            if poisoned:
+                self._cloud_enact(self.table.failed(self.now))
+            else:
                 self._cloud_enact(self.table.stepped(results, took_ms, self.now))
-                self.checks.caches_hold(self.table, self._target)
+            self.checks.caches_hold(self.table, self._target)
 
         self.at(self.now + took_ms / 1000, done)
 

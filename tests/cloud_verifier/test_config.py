@@ -1,10 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cloud_verifier.config import CloudConfig, load_cloud_config
 from shared.config import ConfigError
-from shared.core.settings import CloudSettings, SelfDecode
+from shared.core.settings import CloudSettings, SelfDecode, TableSettings
+from shared.testing.engines import TOY_VOCABULARY, HashModel, ToyTarget
 
 
 def load(**overrides: object) -> CloudConfig:
@@ -14,8 +16,18 @@ def load(**overrides: object) -> CloudConfig:
 
 
 def test_the_defaults_are_those_of_the_core() -> None:
-    speculation, core = load().speculation, CloudSettings(context_length=1)
-    assert {name: getattr(core, name) for name in type(speculation).model_fields} == speculation.model_dump()
+    target = ToyTarget(HashModel(salt=1), cache_tokens=16_384)
+    context_length = load().target.context_tokens
+    expected = TableSettings(CloudSettings(context_length), TOY_VOCABULARY, cache_blocks=1024, max_active_sessions=256)
+    assert replace(load().table_settings(target), cache_sessions=expected.cache_sessions) == expected
+
+
+def test_what_the_engine_takes_limits_what_is_served() -> None:
+    target = ToyTarget(HashModel(salt=1), base_ms=30.0, row_ms=1.0, cache_tokens=1024)
+    settings = load(limits__max_tpot_ms=50).table_settings(target)
+    assert settings.session.context_length == 1024 - 16  # a step's drafts lie in the cache too
+    assert (settings.cache_blocks, settings.max_active_sessions) == (64, 20)
+    assert load(limits__max_tpot_ms=10).table_settings(target).max_active_sessions == 1
 
 
 @pytest.mark.parametrize("written", ["off", '"off"'])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cloud_verifier.engines.cost import CostCurve, measure_cost
 from shared.core.messages import Fingerprint
-from shared.engine import Capabilities, Rows
+from shared.engine import Capabilities, Rows, TargetLimits
 
 CURVE = CostCurve(((1, 30.0), (2, 34.0), (4, 34.0), (8, 50.0)))
 samples = st.dictionaries(st.integers(1, 64), st.floats(0.01, 1e4), min_size=1).map(lambda found: list(found.items()))
@@ -57,6 +57,7 @@ class Stopwatch:
         self.now_s = 0.0
         self.capabilities = Capabilities(can_rollback=True, can_tree=True, max_context=max_context)
         self.fingerprint = Fingerprint(size=10, digest=b"")
+        self.limits = TargetLimits(max_rows=2048, cache_tokens=max_context, cache_sessions=8)
         self.length = 0
         self.runs: list[int] = []
         self._ms = ms
@@ -82,6 +83,9 @@ class Stopwatch:
 
     def truncate(self, session_id: str, length: int) -> None:
         self.length = length
+
+    def share(self, session_id: str, source_id: str, length: int) -> None:
+        raise AssertionError("a measurement shares nothing")
 
     def release(self, session_id: str) -> None:
         self.length = -1

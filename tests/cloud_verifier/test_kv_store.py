@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
-from cloud_verifier.engines.kv_store import KvCache, KvShape, Segment, ancestor_mask, attend, is_chain, segment
+from cloud_verifier.engines.kv_store import (
+    KvCache,
+    KvPool,
+    KvShape,
+    Segment,
+    ancestor_mask,
+    attend,
+    count_blocks,
+    is_chain,
+    segment,
+)
+from shared.core.errors import LocalProtocolError
 from shared.engine import EngineError
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=4)
@@ -13,8 +24,12 @@ HEADS = 6
 TREE = (-1, 0, 0, 2, 1)
 
 
+def new_pool(num_blocks: int = 16) -> KvPool:
+    return KvPool(SHAPE, torch.float32, torch.device("cpu"), num_blocks)
+
+
 def new_cache() -> KvCache:
-    return KvCache(SHAPE, torch.float32, torch.device("cpu"))
+    return KvCache(new_pool(), "a")
 
 
 def fill(cache: KvCache, length: int) -> None:
@@ -42,24 +57,54 @@ def test_shape_is_read_from_the_configuration() -> None:
     assert KvShape.of(qwen) == KvShape(num_layers=3, num_kv_heads=4, head_dim=32)
 
 
-def test_growing_doubles_and_keeps_what_stands() -> None:
+def test_budget_is_counted_in_whole_blocks() -> None:
+    token_bytes = 2 * 2 * 2 * 4 * 4
+    assert count_blocks(SHAPE, torch.float32, 100, kv_cache_mb=1) == 2**20 // (16 * token_bytes)
+    assert count_blocks(SHAPE, torch.float32, 100, kv_cache_mb=0) == 16 * 7
+    with pytest.raises(
+        EngineError, match=r"^target.kv_cache_mb 1 does not hold one session of 9000 tokens: set it to 2"
+    ):
+        count_blocks(SHAPE, torch.float32, 9000, kv_cache_mb=1)
+
+
+def test_growing_keeps_what_stands_and_a_full_pool_says_so() -> None:
     cache = new_cache()
     fill(cache, 100)
-    capacity = cache.capacity
-    cache.reserve(capacity + 1)
-    assert cache.capacity == 2 * capacity
-    assert cached(cache, 0) == cached(cache, 1) == list(range(100))
-    cache.reserve(10 * capacity)
-    assert cache.capacity == 10 * capacity
+    fill(cache, 16 * 16)
+    assert cached(cache, 0) == cached(cache, 1) == list(range(256))
+    assert repr(cache) == "<KvCache a: 256 tokens in one run>"
+    with pytest.raises(LocalProtocolError, match="session a: no room for 257 tokens in <KvBlocks 0 of 16 free"):
+        cache.reserve(257)
 
 
-def test_reserving_what_is_there_changes_nothing() -> None:
-    cache = new_cache()
-    fill(cache, 10)
-    capacity = cache.capacity
-    cache.reserve(capacity)
-    assert cache.capacity == capacity
-    assert repr(cache) == f"<KvCache 10 of {capacity} tokens, {2 * 2 * 2 * 4 * capacity * 4} bytes>"
+def test_sessions_that_grow_in_turns_never_touch_each_other() -> None:
+    pool = new_pool()
+    caches = [KvCache(pool, key) for key in "abcde"]
+    for length in (5, 17, 30, 40, 48):
+        for cache in caches:
+            fill(cache, length)
+    assert any("scattered" in repr(cache) for cache in caches)
+    for cache in caches:
+        assert cached(cache, 0) == cached(cache, 1) == list(range(48))
+        cache.keep(20, (1, 2, 5))
+        assert cached(cache, 0) == cached(cache, 1) == [*range(20), 21, 22, 25]
+
+
+def test_shared_blocks_are_read_by_both_and_written_by_none() -> None:
+    pool = new_pool()
+    donor = KvCache(pool, "donor")
+    fill(donor, 40)
+    assert pool.blocks.share("heir", "donor", 32) == 32
+    heir = KvCache(pool, "heir", 32)
+    assert pool.blocks.num_free == 13
+    fill(donor, 50)
+    heir.reserve(33)
+    heir.write(0, torch.full((2, 1, 4), -7.0), torch.full((2, 1, 4), 7.0))
+    heir.length = 33
+    assert cached(heir, 0) == [*range(32), -7]
+    assert cached(donor, 0) == list(range(50))
+    with pytest.raises(LocalProtocolError, match="session heir: cut to 20 tokens, inside of a shared block"):
+        heir.cut(20)
 
 
 def test_writing_appends_but_the_caller_sets_the_length() -> None:
@@ -75,7 +120,7 @@ def test_writing_appends_but_the_caller_sets_the_length() -> None:
 def test_a_shorter_length_is_a_rollback() -> None:
     cache = new_cache()
     fill(cache, 8)
-    cache.length = 5
+    cache.cut(5)
     assert cached(cache, 0) == [0, 1, 2, 3, 4]
     fill(cache, 6)
     assert cached(cache, 1) == [0, 1, 2, 3, 4, 5]

@@ -33,7 +33,7 @@ from shared.core.messages import (
     Sampling,
     Want,
 )
-from shared.core.settings import CloudSettings, TableSettings
+from shared.core.settings import CloudSettings
 from shared.core.tokens import TokenLog
 from shared.pb import speculation_pb2 as pb
 from shared.pb.speculation_pb2_grpc import VerifierStub
@@ -222,7 +222,7 @@ def test_close_ends_the_stream_and_so_does_hanging_up() -> None:
 def test_the_verifier_describes_itself() -> None:
     async def test(lab: Lab) -> None:
         stub = VerifierStub(lab.channel)  # type: ignore[no-untyped-call]  # generated
-        expected = wire.Description("toy", TOY_VOCABULARY, 2048, "float32", "toys", 64, 256)
+        expected = wire.Description("toy", TOY_VOCABULARY, 2048, "float32", "toys", 256, 256)
         assert wire.description_from_wire(await stub.Describe(pb.DescribeRequest())) == expected
         full = wire.description_from_wire(await stub.Describe(pb.DescribeRequest(include_vocabulary=True)))
         assert full.vocabulary_tokens == VOCABULARY.tokens
@@ -356,14 +356,9 @@ def test_an_outbox_is_bounded_and_ends_after_what_was_queued() -> None:
 def test_limits_come_from_the_configuration() -> None:
     overrides = {"limits.max_sessions": 3, "limits.max_new_tokens": 5, "limits.idle_timeout_s": 7}
     config = load_cloud_config(environ={}, overrides={**overrides, "speculation.window_tokens": 9})
-    assert config.table_settings(TOY_VOCABULARY, max_context=512) == TableSettings(
-        session=CloudSettings(context_length=512, window_tokens=9),
-        vocabulary=TOY_VOCABULARY,
-        max_sessions=3,
-        max_new_tokens=5,
-        idle_timeout_ms=7000.0,
-    )
-    assert config.table_settings(TOY_VOCABULARY, max_context=4096).session.context_length == 2048
+    settings = config.table_settings(ToyTarget(HashModel(salt=1)))
+    assert (settings.max_sessions, settings.max_new_tokens, settings.idle_timeout_ms) == (3, 5, 7000.0)
+    assert settings.session == CloudSettings(context_length=2048, window_tokens=9)
 
 
 def test_the_metrics_page_is_served_beside() -> None:

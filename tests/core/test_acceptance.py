@@ -1,6 +1,6 @@
 import pytest
 
-from shared.core.acceptance import Acceptance
+from shared.core.acceptance import Acceptance, Calibration
 
 
 def test_prior_counts_as_four_observations() -> None:
@@ -28,3 +28,55 @@ def test_old_observations_fade_after_the_window() -> None:
     before = acceptance.rate
     acceptance.observe(matched=0, failed=True)
     assert before - acceptance.rate == pytest.approx(before / Acceptance.WINDOW_TOKENS)
+
+
+def test_unseen_confidence_believes_the_session() -> None:
+    calibration = Calibration()
+    assert calibration.table == [0.8] * 8
+    calibration.observe(bytes((255,)), b"")
+    assert calibration.table[0] == pytest.approx((0.8 * 4 + 1) / 5)  # the session's, which rose
+    assert repr(calibration) == "0.84"
+
+
+def test_range_is_drawn_towards_the_session_by_four_observations() -> None:
+    calibration = Calibration()
+    calibration.observe(bytes((255, 224)), bytes((31,)))
+    overall = (0.8 * 4 + 2) / 7
+    assert calibration.table[7] == pytest.approx((1.0 * 2 + overall * 4) / 6)
+    assert calibration.table[0] == pytest.approx((0.0 * 1 + overall * 4) / 5)
+    assert calibration.table[3] == pytest.approx(overall)
+
+
+def test_ranges_are_told_apart_by_the_upper_bits_of_the_confidence() -> None:
+    calibration = Calibration()
+    calibration.observe(bytes((63,)), bytes((64,)))
+    below, above = calibration.table[1], calibration.table[2]
+    assert below > calibration.table[0] > above
+    assert 63 >> Calibration.RANGE_BITS == 1
+
+
+def test_nothing_judged_leaves_the_calibration_alone() -> None:
+    calibration = Calibration()
+    before = list(calibration.table)
+    calibration.observe(b"", b"")
+    assert calibration.table == before
+
+
+def test_overconfident_draft_is_seen_through() -> None:
+    """Says 255 and is right one time in four; says 10 and is right always."""
+    calibration = Calibration()
+    for _ in range(100):
+        calibration.observe(b"", bytes((255,)))
+        calibration.observe(b"", bytes((255,)))
+        calibration.observe(b"", bytes((255,)))
+        calibration.observe(bytes((255, 10)), b"")
+    assert calibration.table[7] == pytest.approx(0.25, abs=0.05)
+    assert calibration.table[0] > 0.9
+
+
+def test_old_observations_of_a_range_fade_after_the_window() -> None:
+    calibration = Calibration()
+    calibration.observe(bytes((255,)) * 1_000, b"")
+    for _ in range(Acceptance.WINDOW_TOKENS):
+        calibration.observe(b"", bytes((255,)))
+    assert calibration.table[7] < 0.45  # 1,000 old ones against 64 new ones: (1 - 1/64)^64 of them is left

@@ -4,6 +4,8 @@ from shared.core.draft_tree import DraftTree, Grafted, Judged
 from shared.core.messages import Draft
 from shared.core.tokens import TokenLog, next_hash
 
+AS_SAID = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # by range of confidence: 0 to 31, 32 to 63, ...
+
 
 def hash_after(log: TokenLog, *tokens: int) -> int:
     prefix_hash = log.hash_at(len(log))
@@ -23,7 +25,12 @@ def after(log: TokenLog, path: tuple[int, ...], tokens: tuple[int, ...], confide
 
 def pending(tree: DraftTree) -> list[tuple[int, int]]:
     """(position, token), a parent before its children."""
-    return [(node.position, node.token) for node in tree.best(10**9)]
+    nodes, _ = tree.best(10**9, 10**9, AS_SAID)
+    return [(node.position, node.token) for node in nodes]
+
+
+def worth(tree: DraftTree) -> list[float]:
+    return tree.best(10**9, 10**9, AS_SAID)[1]
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def test_draft_on_a_pending_token_extends_it(log: TokenLog, tree: DraftTree) -> 
 def test_draft_that_overlaps_the_committed_tokens_is_grafted_from_their_end(log: TokenLog, tree: DraftTree) -> None:
     draft = Draft(1, log.hash_at(1), (2, 5, 6), bytes((9, 255, 51)))
     assert tree.graft(draft) == Grafted(2, 0, 0)
-    assert [node.path_confidence for node in tree.best(9)] == [1.0, pytest.approx(0.2)]
+    assert worth(tree) == [1.0, pytest.approx(0.2)]
 
 
 def test_draft_that_the_commit_overtook_is_no_loss(log: TokenLog, tree: DraftTree) -> None:
@@ -94,21 +101,21 @@ def test_tokens_over_the_limit_are_dropped_and_counted(log: TokenLog, tree: Draf
 
 
 def test_commit_along_the_drafts_keeps_what_hangs_below(log: TokenLog, tree: DraftTree) -> None:
-    tree.graft(on_end(log, (5, 6, 7)))
+    tree.graft(on_end(log, (5, 6, 7), bytes((10, 20, 30))))
     tree.graft(on_end(log, (9,)))
     log.extend((5, 6))
-    assert tree.advance((5, 6)) == Judged(matched=2, failed=False)
+    assert tree.advance((5, 6)) == Judged(matched=bytes((10, 20)), failed=b"")
     assert pending(tree) == [(4, 7)]
-    (node,) = tree.best(9)
+    ((node,), _) = tree.best(9, 9, AS_SAID)
     assert node.parent is not None
     assert node.parent.parent is None  # what is committed is let go
     assert tree.graft(on_end(log, (7, 8))) == Grafted(1, 0, 0)
 
 
 def test_commit_off_the_drafts_prunes_them(log: TokenLog, tree: DraftTree) -> None:
-    tree.graft(on_end(log, (5, 6, 7)))
+    tree.graft(on_end(log, (5, 6, 7), bytes((10, 20, 30))))
     log.extend((5, 8))
-    assert tree.advance((5, 8)) == Judged(matched=1, failed=True)
+    assert tree.advance((5, 8)) == Judged(matched=bytes((10,)), failed=bytes((20,)))
     assert repr(tree) == "<DraftTree 0 pending, depth 0>"
     assert tree.graft(Draft(4, log.hash_at(4), (1,))) == Grafted(1, 0, 0)
 
@@ -116,7 +123,7 @@ def test_commit_off_the_drafts_prunes_them(log: TokenLog, tree: DraftTree) -> No
 def test_commit_beyond_the_drafts_is_no_failure(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5,)))
     log.extend((5, 6))
-    assert tree.advance((5, 6)) == Judged(matched=1, failed=False)
+    assert tree.advance((5, 6)) == Judged(matched=bytes((255,)), failed=b"")
     assert len(tree) == 0
 
 
@@ -128,23 +135,71 @@ def test_draft_of_pruned_tokens_is_stale(log: TokenLog, tree: DraftTree) -> None
     assert tree.graft(late) == Grafted(0, 1, 0)
 
 
+def test_surest_of_the_siblings_is_the_one_that_failed(log: TokenLog, tree: DraftTree) -> None:
+    for token, confidence in ((5, 40), (6, 90), (7, 60)):
+        tree.graft(on_end(log, (token,), bytes((confidence,))))
+    log.extend((8,))
+    assert tree.advance((8,)) == Judged(b"", bytes((90,)))
+
+
+def test_nothing_pending_nothing_judged(log: TokenLog, tree: DraftTree) -> None:
+    log.extend((5,))
+    assert tree.advance((5,)) == Judged(b"", b"")
+    assert tree.graft(on_end(log, (6,))) == Grafted(1, 0, 0)
+
+
 def test_most_confident_paths_come_first_and_parents_before_children(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6), bytes((204, 255))))
     tree.graft(on_end(log, (9, 8), bytes((230, 51))))
     assert pending(tree) == [(2, 9), (2, 5), (3, 6), (3, 8)]
-    assert [(node.position, node.token) for node in tree.best(2)] == [(2, 9), (2, 5)]
+    assert worth(tree) == pytest.approx([1.0, 0.8, 0.8, 0.2])
+    nodes, least = tree.best(2, 10**9, AS_SAID)
+    assert [(node.position, node.token) for node in nodes] == [(2, 9), (2, 5)]
+    assert least == pytest.approx([1.0, 0.8])
 
 
-def test_confidence_is_counted_from_the_new_root(log: TokenLog, tree: DraftTree) -> None:
+def test_equally_likely_drafts_go_by_age(log: TokenLog, tree: DraftTree) -> None:
+    for token in (7, 5, 6):
+        tree.graft(on_end(log, (token,), bytes((100,))))
+    assert pending(tree) == [(2, 7), (2, 5), (2, 6)]
+
+
+def test_no_node_behind_the_last_position_is_taken(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+    tree.graft(on_end(log, (9, 8)))
+    nodes, _ = tree.best(9, 3, AS_SAID)
+    assert [(node.position, node.token) for node in nodes] == [(2, 5), (2, 9), (3, 6), (3, 8)]
+    assert tree.best(9, 2, AS_SAID)[1] == [1.0, 1.0]
+    assert tree.best(9, 1, AS_SAID) == ([], [])
+    assert tree.best(0, 9, AS_SAID) == ([], [])
+
+
+def test_worth_never_rises_whatever_the_table_says(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7), bytes((100, 255, 255))))
+    tree.graft(on_end(log, (9, 8), bytes((200, 200))))
+    assert worth(tree) == sorted(worth(tree), reverse=True)
+
+
+def test_worth_is_counted_from_the_new_root(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6), bytes((51, 102))))
     log.extend((5,))
     tree.advance((5,))
-    (node,) = tree.best(9)
-    assert node.path_confidence == pytest.approx(0.4)
+    assert worth(tree) == pytest.approx([0.4])
 
 
-def test_accepted_token_without_confidence_does_not_divide_by_zero(log: TokenLog, tree: DraftTree) -> None:
+def test_drafts_that_are_never_right_are_worth_nothing_and_still_pending(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6), bytes((0, 255))))
+    assert worth(tree) == [0.0, 0.0]
     log.extend((5,))
     tree.advance((5,))
     assert pending(tree) == [(3, 6)]
+
+
+def test_lower_limit_holds_for_what_is_to_come(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+    tree.limit = 2
+    assert len(tree) == 3
+    assert tree.graft(on_end(log, (5, 6, 7, 8))) == Grafted(0, 0, 1)
+    log.extend((5, 6))
+    tree.advance((5, 6))
+    assert tree.graft(on_end(log, (7, 8, 9))) == Grafted(1, 0, 1)

@@ -16,7 +16,7 @@ from shared.core.session_table import SessionTable
 from shared.core.settings import CloudSettings, EdgeSettings, Request, TableSettings
 from shared.core.tokens import TokenLog, next_hash
 from shared.policy.run_ahead import StopAndWait
-from shared.policy.step_rule import BestRate
+from shared.policy.scheduler import BestRate
 from shared.testing.engines import TOY_VOCABULARY, TableModel, ToyDraft, ToyTarget
 from shared.testing.pair import Pair
 
@@ -62,6 +62,10 @@ def plain(prompt: tuple[int, ...], sampling: Sampling, length: int) -> tuple[int
     while len(tokens) < length:
         tokens.append(TARGET.token(0, tokens[-1], len(tokens), sampling))
     return tuple(tokens)
+
+
+def table_of(target: ToyTarget) -> TableSettings:
+    return TableSettings(CloudSettings(context_length=4096), TOY_VOCABULARY, target.blocks.num_blocks)
 
 
 def chi_square_survival(statistic: float, freedom: int) -> float:
@@ -116,9 +120,8 @@ def test_chains_leave_the_law_of_the_target_alone(noise: float, per_round: int, 
     for sampling in SAMPLINGS:
         for seed in range(SEEDS):
             request = Request(f"s{seed}", PROMPT, LENGTH, TOY_VOCABULARY, seeded(sampling, seed))
-            table = TableSettings(CloudSettings(context_length=4096), TOY_VOCABULARY)
-            policy = StopAndWait(per_round)
-            pair = Pair(request, EdgeSettings(), policy, ToyDraft(draft), ToyTarget(TARGET), table)
+            policy, target = StopAndWait(per_round), ToyTarget(TARGET)
+            pair = Pair(request, EdgeSettings(), policy, ToyDraft(draft), target, table_of(target))
             pair.run()
             assert pair.shown.tokens() == plain(PROMPT, request.sampling, len(PROMPT) + LENGTH)
             texts[sampling].append(pair.shown.tokens())
@@ -145,14 +148,14 @@ def test_trees_leave_the_law_of_the_target_alone() -> None:
 def speculate_on_trees(model: Remembering, sampling: Sampling, random: Random, ranks: Counter[int]) -> tuple[int, ...]:
     """One session of hand-sent trees; counts which branch of the root was accepted in `ranks`."""
     target = ToyTarget(TARGET, row_ms=0.0)
-    table = SessionTable(TableSettings(CloudSettings(context_length=4096), TOY_VOCABULARY), BestRate(target.cost_ms))
+    table = SessionTable(table_of(target), BestRate(target.cost_ms, target.limits.max_rows))
     table.opened(1, "", 0.0)
     assert table.receive(1, Open("s", PROMPT, len(PROMPT), LENGTH, TOY_VOCABULARY, sampling), 0.0) == []
     log = TokenLog(PROMPT)
     while len(log) < len(PROMPT) + LENGTH:
         for draft in tree(model, log, sampling, random):
             assert table.receive(1, draft, 0.0) == []
-        (rows,) = table.plan(0.0)
+        (rows,) = table.plan(0.0).batch
         keep, commit = table.stepped(target.forward([rows]), 1.0, 0.0)
         assert isinstance(keep, Keep)
         assert isinstance(commit, Send)
@@ -160,7 +163,7 @@ def speculate_on_trees(model: Remembering, sampling: Sampling, random: Random, r
         target.keep(keep.session_id, keep.start, keep.rows)
         ranks[accepted_branch(rows, commit.message)] += 1
         log.extend(commit.message.tokens)
-        table.sessions[0].acknowledged(len(log), 1.0)
+        table.sessions[0].acknowledged(len(log), 1.0, 0.0)
     return log.tokens()
 
 

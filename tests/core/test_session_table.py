@@ -2,110 +2,20 @@ from dataclasses import replace
 
 import pytest
 
-from shared.core.effects import CloudEffect, EndStream, Keep, Release, Send, Truncate
-from shared.core.errors import LocalProtocolError
+from shared.core.effects import CloudEffect, EndStream, Release, Send, Truncate
 from shared.core.messages import (
     Close,
     Commit,
     Draft,
-    Failure,
     FailureCode,
     Fingerprint,
     Finish,
     Heartbeat,
     NeedTokens,
     Open,
-    Want,
 )
-from shared.core.session_table import SessionTable
-from shared.core.settings import CloudSettings, SelfDecode, TableSettings
-from shared.core.tokens import TokenLog
-from shared.policy.step_rule import BestRate
-from shared.testing.engines import TOY_VOCABULARY
-
-CLOUD = CloudSettings(context_length=50, self_decode=SelfDecode.ALWAYS, max_pending_tokens=8)
-SETTINGS = TableSettings(
-    CLOUD, TOY_VOCABULARY, max_sessions=2, max_new_tokens=20, idle_timeout_ms=1_000.0, retry_after_ms=300
-)
-OPEN = Open("s", (1, 2, 3), 3, 10, TOY_VOCABULARY)
-
-
-def table_of(settings: TableSettings = SETTINGS) -> SessionTable:
-    return SessionTable(settings, BestRate(lambda rows: 30.0 + rows))
-
-
-def opened(table: SessionTable, stream: int, message: Open = OPEN, identity: str = "me") -> list[CloudEffect]:
-    table.opened(stream, identity, now=0.0)
-    return table.receive(stream, message, now=0.0)
-
-
-def step(table: SessionTable, *tokens: int) -> list[CloudEffect]:
-    """One step over all planned sessions that selects these tokens in each, one after another."""
-    return table.stepped([tokens[: len(rows.tokens) - rows.first_selected] for rows in table.plan(0.0)], 1.0, now=0.0)
-
-
-def reopened(log: tuple[int, ...], known_len: int, session_id: str = "s") -> Open:
-    known_hash = TokenLog(log).hash_at(known_len)
-    return replace(OPEN, session_id=session_id, tokens=log[known_len:], known_len=known_len, known_hash=known_hash)
-
-
-def failure(code: FailureCode, detail: str, retry_after_ms: int = 0) -> list[CloudEffect]:
-    return [Send(1, Failure(code, detail, retry_after_ms)), EndStream(1)]
-
-
-def test_step_commits_to_every_sessions_own_stream() -> None:
-    table = table_of()
-    assert opened(table, 1) == []
-    assert opened(table, 2, replace(OPEN, session_id="t")) == []
-    assert [rows.session_id for rows in table.plan(0.0)] == ["me/s", "me/t"]
-    assert table.is_stepping
-    assert table.stepped([(7,), (8,)], 5.0, now=0.0) == [
-        Keep("me/s", 0, (0, 1, 2)),
-        Send(1, Commit(3, (7,), verify_ms=5.0, max_ahead=8)),
-        Keep("me/t", 0, (0, 1, 2)),
-        Send(2, Commit(3, (8,), verify_ms=5.0, max_ahead=8)),
-    ]
-    assert not table.is_stepping
-
-
-def test_prefill_chunk_sends_nothing() -> None:
-    table = table_of(replace(SETTINGS, session=replace(CLOUD, prefill_chunk_tokens=2)))
-    opened(table, 1)
-    assert step(table) == [Keep("me/s", 0, (0, 1))]
-
-
-def test_nothing_to_do_is_an_empty_plan_and_no_step() -> None:
-    table = table_of()
-    assert table.plan(0.0) == []
-    assert not table.is_stepping
-    assert table.wake_at() is None
-    assert repr(table) == "<SessionTable 0 streams, 0 parked: >"
-
-
-def test_two_plans_in_a_row_are_our_bug() -> None:
-    table = table_of()
-    opened(table, 1)
-    table.plan(0.0)
-    with pytest.raises(LocalProtocolError, match="planned a step while one is in flight"):
-        table.plan(0.0)
-
-
-def test_idle_decode_waits_for_the_sessions_with_drafts() -> None:
-    table = table_of(replace(SETTINGS, session=replace(CLOUD, self_decode=SelfDecode.IDLE)))
-    opened(table, 1)
-    opened(table, 2, replace(OPEN, session_id="t"))
-    step(table, 7)
-    assert table.receive(2, Draft(4, TokenLog((1, 2, 3, 7)).hash_at(4), (9,)), 0.0) == []
-    assert [rows.session_id for rows in table.plan(0.0)] == ["me/t"]
-    table.stepped([(9, 5)], 1.0, now=0.0)
-    assert [rows.session_id for rows in table.plan(0.0)] == ["me/s", "me/t"]  # nobody has drafts: all are spare
-
-
-def test_idle_decode_of_a_single_session_waits_for_nothing() -> None:
-    table = table_of(replace(SETTINGS, session=replace(CLOUD, self_decode=SelfDecode.IDLE)))
-    opened(table, 1)
-    step(table, 7)
-    assert len(table.plan(0.0)) == 1
+from shared.core.session_table import Plan
+from tests.core.table import OPEN, SETTINGS, failure, opened, reopened, step, table_of
 
 
 def test_heartbeat_is_echoed_with_the_length_committed_here() -> None:
@@ -118,43 +28,21 @@ def test_heartbeat_is_echoed_with_the_length_committed_here() -> None:
     assert table.sessions[0].draft_ms == 8.0
 
 
-def test_during_a_step_only_heartbeats_are_answered_and_the_rest_waits() -> None:
-    table = table_of()
-    opened(table, 1)
-    table.plan(0.0)
-    assert table.receive(1, Heartbeat(1, 3), 0.0) == [Send(1, Heartbeat(1, 3))]
-    assert table.receive(1, Draft(4, TokenLog((1, 2, 3, 7)).hash_at(4), (9,)), 0.0) == []
-    assert opened(table, 2, replace(OPEN, session_id="t", protocol=9)) == []
-    assert "0 pending" in repr(table)
-    keep, commit, refused, ended = table.stepped([(7,)], 1.0, now=0.0)
-    assert (keep, ended) == (Keep("me/s", 0, (0, 1, 2)), EndStream(2))
-    assert isinstance(commit, Send)
-    assert isinstance(refused, Send)
-    assert (commit.stream, refused.stream) == (1, 2)
-    assert "1 pending" in repr(table)
-
-
-def test_stream_lost_during_a_step_is_dropped_after_it() -> None:
-    table = table_of()
-    opened(table, 1)
-    table.plan(0.0)
-    assert table.lost(1) == []
-    assert len(table.sessions) == 1
-    assert len(table.stepped([(7,)], 1.0, now=0.0)) == 2
-    assert repr(table) == "<SessionTable 0 streams, 1 parked: >"
-
-
 def test_streams_that_ended_are_not_heard() -> None:
     table = table_of()
     assert table.receive(9, OPEN, 0.0) == []
-    assert table.lost(9) == []
+    assert table.lost(9, 0.0) == []
 
 
-def test_close_ends_the_stream_and_frees_the_session() -> None:
+def test_close_ends_the_stream_and_parks_the_session() -> None:
     table = table_of()
     opened(table, 1)
-    assert table.receive(1, Close("stop"), 0.0) == [Release("me/s"), EndStream(1)]
-    assert repr(table) == "<SessionTable 0 streams, 0 parked: >"
+    step(table, 7)
+    assert table.receive(1, Close("stop"), 0.0) == [EndStream(1)]
+    assert repr(table) == "<SessionTable 0 streams, 1 parked: >"
+    assert opened(table, 2, reopened((1, 2, 3, 7, 8), known_len=4)) == []  # the next turn of the chat
+    (rows,) = table.plan(0.0).batch
+    assert (rows.start, rows.tokens) == (3, (7, 8))
 
 
 def test_close_before_any_open_ends_the_stream() -> None:
@@ -166,7 +54,8 @@ def test_close_before_any_open_ends_the_stream() -> None:
 def test_parked_session_is_freed_after_a_while() -> None:
     table = table_of()
     opened(table, 1)
-    table.lost(1)
+    step(table, 7)
+    table.lost(1, 0.0)
     wake_at = table.wake_at()
     assert wake_at == 300.0
     assert table.tick(wake_at - 1) == []
@@ -185,7 +74,7 @@ def test_refused_open_leaves_the_live_session_alone() -> None:
 def test_stream_without_a_session_may_go() -> None:
     table = table_of()
     table.opened(1, "me", now=0.0)
-    assert table.lost(1) == []
+    assert table.lost(1, 0.0) == []
     assert repr(table) == "<SessionTable 0 streams, 0 parked: >"
 
 
@@ -193,17 +82,6 @@ def test_second_open_on_a_stream_is_the_peers_error() -> None:
     table = table_of()
     opened(table, 1)
     assert table.receive(1, OPEN, 0.0) == failure(FailureCode.PROTOCOL, "Open on a stream whose session is open")
-
-
-def test_impossible_acknowledgement_during_a_step_ends_that_stream_only() -> None:
-    table = table_of()
-    opened(table, 1)
-    opened(table, 2, replace(OPEN, session_id="t"))
-    batch = table.plan(0.0)
-    detail = "acknowledged 9 tokens of 3 committed"
-    assert table.receive(1, Heartbeat(1, 9), 0.0) == failure(FailureCode.PROTOCOL, detail)
-    table.stepped([(7,)] * len(batch), 1.0, now=0.0)
-    assert [session.key for session in table.sessions] == ["me/t"]
 
 
 def test_draft_before_the_session_is_open_is_stale() -> None:
@@ -258,7 +136,7 @@ def test_session_that_is_open_elsewhere_is_taken_over_even_when_full() -> None:
     opened(table, 1)
     step(table, 7)
     assert opened(table, 2, reopened((1, 2, 3, 7), known_len=4)) == [EndStream(1)]
-    assert [rows.start for rows in table.plan(0.0)] == [3]  # the cache is warm
+    assert [rows.start for rows in table.plan(0.0).batch] == [3]  # the cache is warm
     assert table.receive(1, Heartbeat(1, 0), 0.0) == []
 
 
@@ -266,9 +144,9 @@ def test_known_prefix_is_enough_to_open_again() -> None:
     table = table_of()
     opened(table, 1)
     step(table, 7)
-    table.lost(1)
+    table.lost(1, 0.0)
     assert opened(table, 2, reopened((1, 2, 3, 7, 8, 9), known_len=4)) == []  # 8 and 9 are local tokens
-    (rows,) = table.plan(0.0)
+    (rows,) = table.plan(0.0).batch
     assert (rows.start, rows.tokens) == (3, (7, 8, 9))
     assert table.sessions[0].log.tokens() == (1, 2, 3, 7, 8, 9)
 
@@ -278,9 +156,9 @@ def test_shorter_prefix_truncates_the_cache() -> None:
     opened(table, 1)
     step(table, 7)
     step(table, 8)
-    table.lost(1)
+    table.lost(1, 0.0)
     assert opened(table, 2, reopened((1, 2, 3), known_len=3)) == [Truncate("me/s", 2)]
-    assert [rows.tokens for rows in table.plan(0.0)] == [(3,)]
+    assert [rows.tokens for rows in table.plan(0.0).batch] == [(3,)]
 
 
 def test_other_tokens_truncate_the_cache_where_they_differ() -> None:
@@ -288,7 +166,7 @@ def test_other_tokens_truncate_the_cache_where_they_differ() -> None:
     opened(table, 1)
     step(table, 7)
     step(table, 8)
-    table.lost(1)
+    table.lost(1, 0.0)
     assert opened(table, 2, replace(OPEN, tokens=(1, 2, 3, 9, 8))) == [Truncate("me/s", 3)]
 
 
@@ -296,7 +174,7 @@ def test_other_tokens_truncate_the_cache_where_they_differ() -> None:
 def test_unknown_prefix_is_asked_for_in_full(known_len: int) -> None:
     table = table_of()
     opened(table, 2)
-    table.lost(2)
+    table.lost(2, 0.0)
     assert opened(table, 1, reopened((1, 2, 9, 9), known_len)) == [Send(1, NeedTokens())]
     assert table.receive(1, replace(OPEN, tokens=(1, 2, 9)), 0.0) == []
     assert table.sessions[0].log.tokens() == (1, 2, 9)
@@ -305,7 +183,7 @@ def test_unknown_prefix_is_asked_for_in_full(known_len: int) -> None:
 def test_prefix_is_known_within_one_identity_only() -> None:
     table = table_of()
     opened(table, 1)
-    table.lost(1)
+    table.lost(1, 0.0)
     assert opened(table, 2, reopened((1, 2, 3), known_len=3), identity="you") == [Send(2, NeedTokens())]
 
 
@@ -324,7 +202,7 @@ def test_oldest_parked_sessions_make_room() -> None:
     table = table_of()
     for stream, name in enumerate("abc", start=1):
         opened(table, stream, replace(OPEN, session_id=name))
-        effects = table.lost(stream)
+        effects = table.lost(stream, 0.0)
         assert effects == []
     assert repr(table) == "<SessionTable 0 streams, 2 parked: >"
     assert opened(table, 4, reopened((1, 2, 3), 3, "a")) == [Send(4, NeedTokens())]
@@ -335,15 +213,17 @@ def test_room_is_made_when_a_session_opens() -> None:
     table = table_of()
     for stream, name in enumerate("ab", start=1):
         opened(table, stream, replace(OPEN, session_id=name))
-        table.lost(stream)
+        step(table, 7)
+        table.lost(stream, 0.0)
     assert opened(table, 3, replace(OPEN, session_id="c")) == [Release("me/a")]
-    assert opened(table, 4, replace(OPEN, session_id="b")) == []  # its own place
+    assert opened(table, 4, replace(OPEN, session_id="b")) == [Truncate("me/b", 2)]  # its own place, and cache
 
 
 def test_room_is_made_when_a_stream_goes_under_overload() -> None:
     table = table_of(replace(SETTINGS, max_sessions=1))
     opened(table, 1)
-    table.lost(1)
+    step(table, 7)
+    table.lost(1, 0.0)
     assert opened(table, 2, replace(OPEN, session_id="t")) == [Release("me/s")]
 
 
@@ -359,33 +239,14 @@ def test_silent_stream_ends_after_its_timeout() -> None:
     assert table.wake_at() == pytest.approx(1.8)
 
 
-def test_during_a_step_no_timer_is_due() -> None:
-    table = table_of()
-    opened(table, 1)
-    table.plan(0.0)
-    assert table.wake_at() is None
-    assert table.tick(now=9.0) == []
-    table.stepped([(7,)], 1.0, now=9.0)
-    assert table.wake_at() == pytest.approx(1.0)
-    assert table.tick(now=9.0) == [EndStream(1)]
-
-
-def test_table_wakes_for_a_session_that_starves() -> None:
-    table = table_of(replace(SETTINGS, session=replace(CLOUD, self_decode=SelfDecode.OFF)))
-    opened(table, 1, replace(OPEN, want=Want.SPECULATE))
-    step(table, 7)
-    assert table.wake_at() == pytest.approx(0.5)
-    assert table.plan(0.4) == []
-    assert len(table.plan(0.5)) == 1
-
-
 def test_finished_session_keeps_its_stream_until_the_edge_closes_it() -> None:
     table = table_of()
     opened(table, 1, replace(OPEN, max_new_tokens=1))
     _, commit = step(table, 7)
     assert commit == Send(1, Commit(3, (7,), finish=Finish.LENGTH, verify_ms=1.0, max_ahead=8))
-    assert table.plan(0.0) == []
-    assert table.receive(1, Close(), 0.0) == [Release("me/s"), EndStream(1)]
+    assert table.plan(0.0) == Plan([], [])
+    assert table.receive(1, Close(), 0.0) == [EndStream(1)]
+    assert table.ledger.num_parked == 1
 
 
 @pytest.mark.parametrize("tokens", [(1, 2, 1_000), (1_000, 2, 3)])

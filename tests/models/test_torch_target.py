@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cloud_verifier.engines import kv_store, torch_engine
+from cloud_verifier.engines.packed_linear import PackedLinear, can_pack
 from cloud_verifier.engines.selftest import check_target
-from cloud_verifier.engines.torch_engine import PackedLinear, TorchTarget, can_pack
+from cloud_verifier.engines.torch_engine import TorchTarget
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
 from shared.core.selection import select

@@ -92,9 +92,9 @@ def miscount_the_cache(patch: pytest.MonkeyPatch) -> None:
     stepped = cloud_session.CloudSession.stepped
 
     def fault(
-        self: cloud_session.CloudSession, selected: tuple[int, ...], verify_ms: float, now: float
+        self: cloud_session.CloudSession, selected: tuple[int, ...], verify_ms: float, max_ahead: int, now: float
     ) -> cloud_session.Stepped:
-        result = stepped(self, selected, verify_ms, now)
+        result = stepped(self, selected, verify_ms, max_ahead, now)
         self.cached_len -= 1
         return result
 
@@ -127,9 +127,9 @@ def keep_the_first_rows(patch: pytest.MonkeyPatch) -> None:
     stepped = cloud_session.CloudSession.stepped
 
     def fault(
-        self: cloud_session.CloudSession, selected: tuple[int, ...], verify_ms: float, now: float
+        self: cloud_session.CloudSession, selected: tuple[int, ...], verify_ms: float, max_ahead: int, now: float
     ) -> cloud_session.Stepped:
-        result = stepped(self, selected, verify_ms, now)
+        result = stepped(self, selected, verify_ms, max_ahead, now)
         return replace(result, kept_rows=tuple(range(len(result.kept_rows))))
 
     patch.setattr(cloud_session.CloudSession, "stepped", fault)
@@ -157,7 +157,7 @@ PLANTS: list[tuple[Plant, int]] = [
     (retract_verified_tokens, 200),
     (verify_without_bound, 20),
     (keep_the_first_rows, 40),
-    (wait_for_commits_for_ever, 200),
+    (wait_for_commits_for_ever, 500),
 ]
 
 
