@@ -1,0 +1,96 @@
+from collections.abc import Callable, Sequence
+from itertools import product
+from random import Random
+
+import pytest
+
+from shared.core.policies import Decodes, Offer
+from shared.policy.scheduler import LEAST_CHUNK_ROWS, BestRate
+
+CURVES: list[Callable[[int], float]] = [
+    lambda _: 30.0,
+    lambda rows: 30.0 + rows,
+    lambda rows: 10.0 + 15.0 * rows,
+    lambda rows: 30.0 if rows <= 4 else 55.0 if rows <= 8 else 60.0,
+]
+
+
+def offer(
+    *worth: float,
+    decodes: Decodes = Decodes.FREELY,
+    prefill_rows: int = 0,
+    weight: float = 1.0,
+    waited_ms: float = 0.0,
+) -> Offer:
+    return Offer(prefill_rows, worth, decodes, weight, waited_ms)
+
+
+def rate(offers: Sequence[Offer], grants: Sequence[int], cost_ms: Callable[[int], float]) -> float:
+    worth = sum(one.weight * (1 + sum(one.worth[: rows - 1])) for one, rows in zip(offers, grants, strict=True) if rows)
+    return worth / cost_ms(sum(grants))
+
+
+@pytest.mark.parametrize("cost_ms", CURVES)
+def test_no_other_choice_has_a_better_rate(cost_ms: Callable[[int], float]) -> None:
+    random = Random(1)
+    for _ in range(150):
+        offers = [
+            offer(*sorted((random.random() for _ in range(random.randrange(4))), reverse=True), weight=random.random())
+            for _ in range(3)
+        ]
+        grants = BestRate(cost_ms, 64).allot(offers)
+        choices = product(*(range(len(one.worth) + 2) for one in offers))
+        best = max(rate(offers, choice, cost_ms) for choice in choices if any(choice))
+        assert rate(offers, grants, cost_ms) == pytest.approx(best)
+
+
+def test_who_may_not_decode_alone_gets_a_draft_row_or_nothing() -> None:
+    never = offer(0.1, 0.01, decodes=Decodes.NEVER)
+    assert BestRate(lambda rows: 30.0 + 20 * rows, 64).allot([never, offer()]) in ([0, 1], [2, 1])
+    assert BestRate(lambda rows: 30.0 + 20 * rows, 64).allot([never]) == [2]
+    assert BestRate(lambda _: 30.0, 64).allot([offer(decodes=Decodes.NEVER)]) == [0]
+
+
+def test_spare_room_is_used_only_where_it_costs_no_rate() -> None:
+    spare = offer(decodes=Decodes.SPARE)
+    assert BestRate(lambda rows: 30.0 + rows, 64).allot([offer(0.9), spare]) == [2, 1]
+    assert BestRate(lambda rows: 100.0 ** (rows - 1), 64).allot([offer(), spare]) == [1, 0]
+    assert BestRate(lambda _: 30.0, 64).allot([spare]) == [1]
+
+
+def test_no_step_exceeds_the_engine() -> None:
+    assert sum(BestRate(lambda _: 30.0, 5).allot([offer(0.9, 0.9, 0.9) for _ in range(4)])) == 5
+
+
+def test_prompts_are_read_in_turn_one_chunk_a_step() -> None:
+    policy = BestRate(lambda rows: 10.0 + rows, 512, prefill_chunk_tokens=100, max_step_ms=50.0)
+    long, short = offer(prefill_rows=120, waited_ms=9.0), offer(prefill_rows=20, waited_ms=5.0)
+    assert policy.allot([short, long]) == [0, 100]
+    assert policy.allot([short, offer(prefill_rows=60, waited_ms=9.0)]) == [21, 61]
+    assert policy.allot([offer(), long]) == [1, 39]  # beside a running session the step keeps to 50 ms
+    slow = BestRate(lambda rows: 60.0 + rows, 512, prefill_chunk_tokens=100, max_step_ms=50.0)
+    assert slow.allot([offer(), long]) == [1, LEAST_CHUNK_ROWS]
+
+
+def test_who_has_waited_too_long_is_served_whatever_it_costs() -> None:
+    cost: Callable[[int], float] = lambda rows: 10.0 * rows * rows  # noqa: E731  # a curve where one row is best
+    assert BestRate(cost, 64, max_step_ms=200).allot([offer(weight=9.0), offer(waited_ms=199.0)]) == [1, 0]
+    assert BestRate(cost, 64, max_step_ms=200).allot([offer(weight=9.0), offer(waited_ms=200.0)])[1] == 1
+
+
+def test_good_drafts_get_more_and_nobody_starves() -> None:
+    """Three sessions of acceptance 0.9, 0.6 and 0.3 under a step that grows steeply, weighted by smoothed goodput."""
+    policy = BestRate(lambda rows: 20.0 + 4.0 * rows, 64)
+    acceptances, goodput, tokens, last = (0.9, 0.6, 0.3), [1.0] * 3, [0.0] * 3, [0] * 3
+    for step in range(3000):
+        offers = [
+            offer(*(acceptance ** (depth + 1) for depth in range(8)), weight=1 / goodput[index])
+            for index, acceptance in enumerate(acceptances)
+        ]
+        for index, rows in enumerate(policy.allot(offers)):
+            gained = 1 + sum(offers[index].worth[: rows - 1]) if rows else 0.0
+            tokens[index] += gained
+            goodput[index] += (gained - goodput[index]) / 50
+            assert step - last[index] < 20
+            last[index] = step if rows else last[index]
+    assert tokens[0] > tokens[1] > tokens[2] > 0.2 * tokens[0]
