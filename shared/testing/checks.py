@@ -29,7 +29,8 @@ class SimUser:
     log: TokenLog
     verified_len: int
     gap_since: float
-    longest_gap_s: float = 0.0
+    first_gap_s: float = 0.0
+    longest_gap_s: float = 0.0  # after the first
 
 
 @dataclass(slots=True)
@@ -78,6 +79,12 @@ class Checks:
             self.violated(edge, now, f"shown at {emit.start}, the user has {len(user.log)} tokens")
         if edge.finished is not None:
             self.violated(edge, now, "shown after the end")
+        gap_s = now - user.gap_since
+        if len(user.log) == len(request.prompt):
+            user.first_gap_s = gap_s
+        else:
+            user.longest_gap_s = max(user.longest_gap_s, gap_s)
+        user.gap_since = now
         for token, provenance in zip(emit.tokens, emit.provenance, strict=True):
             self.visits[f"shown:{provenance.value}"] += 1
             if request.ending(user.log) is not Finish.NONE:
@@ -85,8 +92,6 @@ class Checks:
             user.log.extend((token,))
             if provenance is not fx.Provenance.LOCAL:
                 self._verify(edge, len(user.log), now)
-        user.longest_gap_s = max(user.longest_gap_s, now - user.gap_since)
-        user.gap_since = now
 
     def confirmed(self, edge: SimEdge, confirm: fx.Confirm, now: float) -> None:
         """Local tokens are claimed as the target's."""

@@ -148,9 +148,9 @@ def wait_for_commits_for_ever(patch: pytest.MonkeyPatch) -> None:
 PLANTS: list[tuple[Plant, int]] = [
     (accept_one_too_many, 5),
     (forget_next_token, 5),
-    (graft_on_any_prefix, 20),
+    (graft_on_any_prefix, 60),
     (listen_to_any_stream, 40),
-    (trust_silence, 40),
+    (trust_silence, 200),
     (forget_to_roll_back, 5),
     (show_local_tokens_again, 60),
     (miscount_the_cache, 5),

@@ -28,15 +28,15 @@ def played(sessions: int) -> list[Outcome]:
     return outcomes
 
 
-def test_three_hundred_sessions_break_no_rule() -> None:
-    broken = {seed: outcome.violations for seed, outcome in enumerate(played(300)) if outcome.violations}
+def test_six_hundred_sessions_break_no_rule() -> None:
+    broken = {seed: outcome.violations for seed, outcome in enumerate(played(600)) if outcome.violations}
     assert broken == {}
-    assert sum(outcome.tokens for outcome in played(300)) > 10_000
+    assert sum(outcome.tokens for outcome in played(600)) > 10_000
 
 
-def test_three_hundred_sessions_reach_their_share_of_everything() -> None:
-    visits = sum((outcome.visits for outcome in played(300)), Counter[str]())
-    assert hardly_reached(visits, sessions=300) == {}
+def test_six_hundred_sessions_reach_their_share_of_everything() -> None:
+    visits = sum((outcome.visits for outcome in played(600)), Counter[str]())
+    assert hardly_reached(visits, sessions=600) == {}
     assert set(visits) >= set(MUST_VISIT)
 
 
