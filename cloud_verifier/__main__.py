@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +65,41 @@ def serve(
         raise ConfigError(f"{error} ({where})") from error
 
 
+@app.command()
+def profile(
+    config: Annotated[Path | None, typer.Option(help="YAML file; what it leaves out has its default.")] = None,
+) -> None:
+    """Measure what a step costs, thoroughly, and keep it: `serve` uses it for this model, engine and machine."""
+    settings = load_cloud_config(config, environ=os.environ, overrides={})
+    configure_logs(settings.log.level, settings.log.format)
+    from cloud_verifier.admin import timings_table
+    from cloud_verifier.engines.cost import CostKey, profile_cost, store_cost
+
+    with _progress() as report:
+        target = load_target(settings.target, report)
+        timings = profile_cost(target.engine, lambda done: report("profiling", done))
+    file = store_cost(CostKey.of(settings.target), settings.target.cache_dir, timings)
+    console = Console()
+    console.print(timings_table(timings))
+    typer.echo(f"stored in {file}")
+
+
+@app.command()
+def sessions(
+    config: Annotated[Path | None, typer.Option(help="YAML file that the verifier serves with.")] = None,
+    address: Annotated[str | None, typer.Option(help="host:port of the verifier, if not the configured one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    watch: Annotated[float | None, typer.Option(min=0.1, help="Show again every so many seconds.")] = None,
+) -> None:
+    """List the sessions that a running verifier serves."""
+    settings = load_cloud_config(config, environ=os.environ, overrides={})
+    configure_logs(settings.log.level, settings.log.format)
+    from cloud_verifier.admin import show_sessions
+
+    with suppress(KeyboardInterrupt):  # the way to end --watch
+        show_sessions(settings.server, address, as_json, watch)
+
+
 @app.command("config")
 def print_config() -> None:
     """Print every setting with its default and its meaning: a start for a file of your own."""
@@ -78,14 +113,24 @@ async def _serve(settings: CloudConfig, target: Target) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with serving(settings, target) as verifier:
-        costs = "/".join(f"{target.engine.cost_ms(rows):.0f}" for rows in _COST_ROWS)
-        rows = "/".join(map(str, _COST_ROWS))
-        typer.echo(f"listening on {verifier.address} ({target.model}, {target.dtype}, {rows} rows cost {costs} ms)")
+        typer.echo(f"listening on {verifier.address} ({_summary(settings, target)})")
         told = asyncio.create_task(stopped.wait())
         await asyncio.wait({verifier.running, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if verifier.running.done():
             verifier.running.result()
+
+
+def _summary(settings: CloudConfig, target: Target) -> str:
+    """What is served and what it was measured to take."""
+    from cloud_verifier.engines.cost import HasCost
+
+    engine = target.engine
+    costs = "/".join(f"{engine.cost_ms(rows):.0f}" for rows in _COST_ROWS)
+    rows = "/".join(map(str, _COST_ROWS))
+    origin = f" ({engine.cost.origin})" if isinstance(engine, HasCost) and engine.cost else ""
+    cache = f"{settings.target.kv_cache_mb} MB cache of {engine.limits.cache_tokens} tokens"
+    return f"{target.model}, {target.dtype}, {rows} rows cost {costs} ms{origin}, {cache}"
 
 
 @contextmanager

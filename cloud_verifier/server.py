@@ -35,6 +35,7 @@ SERVICE = "outrider.v1.Verifier"
 # On top of the window of commits that a session may have unacknowledged. Who lets more wait does not read.
 SPARE_MESSAGES = 256
 _GRACE_S = 1.0
+_PEM_BEGIN, _PEM_END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 
 _Context: TypeAlias = "aio.ServicerContext[pb.EdgeMessage, pb.CloudMessage]"  # generic in its stubs only
 
@@ -89,6 +90,8 @@ class VerifierServicer(pb_grpc.VerifierServicer):
         self._worker = worker
         self._description = description
         self._token = config.server.token
+        cert_file = config.server.tls.cert_file
+        self._certificate = None if cert_file is None else _first_certificate(cert_file.read_bytes())
         self._max_waiting = config.speculation.window_tokens + SPARE_MESSAGES
         self._numbers = itertools.count(1)
 
@@ -98,6 +101,24 @@ class VerifierServicer(pb_grpc.VerifierServicer):
         if not request.include_vocabulary:
             description.ClearField("vocabulary_tokens")
         return description
+
+    async def ListSessions(  # noqa: N802  # gRPC's
+        self, request: pb.ListSessionsRequest, context: _Context
+    ) -> pb.SessionList:
+        """The live sessions that the caller may see.
+
+        Those of its own identity: a session's name and progress are nobody else's business. Who shows the server's own
+        certificate holds its key, so runs it, and sees all.
+        """
+        statuses = self._worker.session_statuses()
+        if not self._is_operator(context):
+            own = f"{identity(self._token, context)}/"
+            statuses = [status for status in statuses if status.session.startswith(own)]
+        return wire.session_list_to_wire(wire.SessionList(tuple(statuses), *self._worker.cache_usage()))
+
+    def _is_operator(self, context: _Context) -> bool:
+        shown = context.auth_context().get("x509_pem_cert", ())
+        return self._certificate is not None and self._certificate in map(_first_certificate, shown)
 
     async def Speculate(  # noqa: N802  # gRPC's
         self, request_iterator: AsyncIterator[pb.EdgeMessage], context: _Context
@@ -180,6 +201,11 @@ class VerifierServer:
     async def stop(self) -> None:
         """Close the port and, after a moment, what is still open."""
         await self._server.stop(_GRACE_S)
+
+
+def _first_certificate(pem: bytes) -> bytes:
+    """The first certificate of a PEM file, the one that is no authority's, in base64 without its line breaks."""
+    return b"".join(pem.partition(_PEM_BEGIN)[2].partition(_PEM_END)[0].split())
 
 
 def check_address(address: str) -> None:

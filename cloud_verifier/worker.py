@@ -153,14 +153,18 @@ class Worker:
 
     async def _step(self, batch: Sequence[Rows], schedule_ms: float) -> None:
         effects, self._engine_effects = self._engine_effects, []
-        self._cached.difference_update([effect.session_id for effect in effects if isinstance(effect, Release)])
-        self._cached.update([rows.session_id for rows in batch])
+        used = {rows.session_id for rows in batch} | {
+            effect.session_id for effect in effects if isinstance(effect, Share)
+        }
+        self._cached |= used
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, effects, batch)
         self._count()
         forwarded = await running
+        self._cached -= {effect.session_id for effect in effects if isinstance(effect, Release)} - used
         if not batch:
             return
         if forwarded.error is not None:
+            self._idle_since = forwarded.ended
             _log.error("a forward failed; its sessions are tried one by one", reason=str(forwarded.error))
             self._enact(self._table.failed(self._clock()))
             return
@@ -263,7 +267,8 @@ class Worker:
                 metrics.stale_draft_tokens.inc(stale)
                 self._stale_tokens[session] = session.stale_tokens
         for session in self._stale_tokens.keys() - live:
-            _log.debug("session closed", session=session.key, tokens=len(session.log), finish=session.finish.name)
+            finish, acceptance = session.finish.name, session.acceptance.report()
+            _log.info("session closed", session=session.key, tokens=len(session.log), finish=finish, **acceptance)
             del self._stale_tokens[session]
 
 

@@ -3,36 +3,27 @@
 from dataclasses import dataclass, field
 
 from edge_agent.channel import Traffic
+from shared.core.acceptance_report import RequestAcceptance
 from shared.core.effects import Confirm, Emit, Provenance, Retract
 from shared.core.messages import Commit
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Filled while an answer runs. Per-request speculation counters have vLLM's names.
-
-    `num_drafts` counts target steps that evaluated draft tokens, `num_draft_tokens` those tokens,
-    `num_accepted_tokens` the ones that the target agreed with. What was retracted counts as retracted and nowhere else.
-    """
+    """Filled while an answer runs. What was retracted counts as retracted and nowhere else."""
 
     begun_at: float
     shown_at: list[float] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     start: int = 0  # position of the first shown token
     retracted_tokens: int = 0
-    num_steps: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     verify_ms: float = 0.0
     disconnects: int = 0
 
     def saw_commit(self, commit: Commit) -> None:
         """Count one target step."""
-        self.num_steps += 1
-        self.num_drafts += commit.num_drafted > 0
-        self.num_draft_tokens += commit.num_drafted
-        self.num_accepted_tokens += commit.num_accepted
+        self.acceptance.count(commit)
         self.verify_ms += commit.verify_ms
 
     def saw(self, event: Emit | Confirm | Retract, now: float) -> None:
@@ -72,7 +63,7 @@ class Statistics:
     def report(self, traffic: Traffic, draft_ms: float, rtt_ms: float, wasted_tokens: int) -> dict[str, object]:
         """One JSON-ready object; rates are null where nothing was counted."""
         tokens = len(self.shown_at)
-        steps, drafted = self.num_steps, self.num_draft_tokens
+        steps = self.acceptance.num_steps
         accepted, cloud, local = (self.provenance.count(source) for source in Provenance)
         committed = accepted + cloud
         return {
@@ -84,12 +75,7 @@ class Statistics:
             "cloud_tokens": cloud,
             "local_tokens": local,
             "retracted_tokens": self.retracted_tokens,
-            "num_steps": steps,
-            "num_drafts": self.num_drafts,
-            "num_draft_tokens": drafted,
-            "num_accepted_tokens": self.num_accepted_tokens,
-            "acceptance_rate": round(self.num_accepted_tokens / drafted, 4) if drafted else None,
-            "mean_acceptance_length": round(committed / steps, 3) if steps else None,
+            **self.acceptance.report(),
             "mean_verify_ms": round(self.verify_ms / steps, 2) if steps else None,
             "wasted_draft_tokens": wasted_tokens,
             "draft_ms": round(draft_ms, 2),

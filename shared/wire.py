@@ -3,12 +3,13 @@
 `*_to_wire` trusts its argument: a number that does not fit its field is a bug here, and protobuf raises `ValueError`.
 `*_from_wire` trusts nothing: whatever breaks `protos/outrider/v1/speculation.proto` raises `RemoteProtocolError` with a
 one-line reason. Both ways together give an equal message, except that `queue_ms` and `verify_ms` are rounded to whole
-milliseconds and `draft_ms` to float32. The enums of `shared.core.messages` have the numbers of their protobuf twins.
+milliseconds, and `draft_ms` and the floats of a `SessionStatus` to float32. The enums of `shared.core.messages` have
+the numbers of their protobuf twins.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ from shared.core.messages import (
     NeedTokens,
     Open,
     Sampling,
+    SessionStatus,
     Want,
 )
 from shared.pb import speculation_pb2 as pb
@@ -38,6 +40,8 @@ MAX_SESSION_ID_CHARS = 128
 MAX_DIGEST_BYTES = 64
 _INT_LIMIT = 1 << 31  # token ids, positions and lengths fit engines' and numpy's int32
 _HASH_LIMIT = (1 << 61) - 1
+
+_STATUS_FIELDS = tuple(field.name for field in fields(SessionStatus))
 
 _E = TypeVar("_E", bound=Enum)
 
@@ -54,6 +58,16 @@ class Description:
     max_sessions: int
     max_pending_tokens: int
     vocabulary_tokens: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionList:
+    """Live sessions, and the cache of the whole verifier: blocks in use, blocks in all, sessions parked in it."""
+
+    sessions: tuple[SessionStatus, ...]
+    kv_blocks_used: int
+    kv_blocks: int
+    parked_sessions: int
 
 
 def edge_to_wire(message: EdgeMessage) -> pb.EdgeMessage:
@@ -162,6 +176,35 @@ def description_from_wire(wire: pb.Description) -> Description:
         max_pending_tokens=wire.max_pending_tokens,
         vocabulary_tokens=tuple(wire.vocabulary_tokens),
     )
+
+
+def session_list_to_wire(listed: SessionList) -> pb.SessionList:
+    """A list of sessions as protobuf: the fields have the same names."""
+    sessions = [pb.SessionStatus(**asdict(status) | {"want": status.want.value}) for status in listed.sessions]
+    return pb.SessionList(
+        sessions=sessions,
+        kv_blocks_used=listed.kv_blocks_used,
+        kv_blocks=listed.kv_blocks,
+        parked_sessions=listed.parked_sessions,
+    )
+
+
+def session_list_from_wire(wire: pb.SessionList) -> SessionList:
+    """The list of a verifier. Raises `RemoteProtocolError` where it is malformed."""
+    sessions = tuple(_status_from_wire(status) for status in wire.sessions)
+    return SessionList(sessions, wire.kv_blocks_used, wire.kv_blocks, wire.parked_sessions)
+
+
+def _status_from_wire(wire: pb.SessionStatus) -> SessionStatus:
+    for name in ("goodput", "draft_ms", "silent_ms"):
+        if not 0 <= getattr(wire, name) < math.inf:
+            raise RemoteProtocolError(f"SessionStatus.{name} is {getattr(wire, name)}, not a number from 0 on")
+    if wire.num_accepted > wire.num_drafted:
+        raise RemoteProtocolError(
+            f"SessionStatus has {wire.num_accepted} tokens accepted of {wire.num_drafted} drafted"
+        )
+    want = _enum("SessionStatus.want", Want, wire.want)
+    return SessionStatus(**{name: getattr(wire, name) for name in _STATUS_FIELDS} | {"want": want})
 
 
 def _open_to_wire(message: Open) -> pb.Open:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cloud_verifier.config import TargetConfig
+from cloud_verifier.engines.cost import CostKey, load_or_measure_cost
 from shared.engine import EngineError, TargetEngine
 from shared.runtimes.hub import resolve_model
 from shared.vocabulary import Vocabulary
@@ -46,6 +48,7 @@ def _torch(config: TargetConfig, progress: Progress) -> Target:
         kv_cache_mb=config.kv_cache_mb,
         cache_dir=config.cache_dir,
         progress=progress,
+        cost_of=partial(load_or_measure_cost, key=CostKey.of(config), cache_dir=config.cache_dir),
     )
     return Target(engine, engine.vocabulary, _public_name(config.model), config.dtype, "torch")
 

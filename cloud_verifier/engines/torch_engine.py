@@ -5,7 +5,7 @@ cache. Results depend on the rows of a session alone, up to the rounding of the 
 about 1e-5 in a logit in float32, enough to flip near-ties in bfloat16 (see `near_tie`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from shared.core.errors import LocalProtocolError
 from shared.core.kv_blocks import BLOCK_TOKENS, num_blocks
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.selection import select
-from shared.engine import Capabilities, EngineError, Rows, TargetLimits
+from shared.engine import Capabilities, EngineError, Rows, TargetEngine, TargetLimits
 from shared.runtimes.hub import resolve_model
 from shared.runtimes.huggingface import CausalLM, Progress, load_causal_lm, no_progress
 from shared.vocabulary import Vocabulary
@@ -94,7 +94,7 @@ class TorchTarget:
         count = count_blocks(self._shape, self._model.dtype, self._max_context, kv_cache_mb)
         self._pool = KvPool(self._shape, self._model.dtype, self._device, count)
         self._sessions: dict[str, _Session] = {}
-        self._cost: CostCurve | None = None
+        self.cost: CostCurve | None = None
         self._min_rows = 1
         if self._device.type == "cpu" and can_pack():
             pack_linears(self._model)
@@ -112,8 +112,9 @@ class TorchTarget:
         kv_cache_mb: int = 0,
         cache_dir: Path | None = None,
         progress: Progress = no_progress,
+        cost_of: Callable[[TargetEngine], CostCurve] = measure_cost,
     ) -> "TorchTarget":
-        """Resolve, load, check (`selftest`) and measure (`cost`) a model. Raises `EngineError`."""
+        """Resolve, load, check (`selftest`) and measure (`cost_of`) a model. Raises `EngineError`."""
         if dtype not in _DTYPES:
             raise EngineError(f"dtype {dtype!r}: the torch target runs in {' or '.join(_DTYPES)}")
         _device(device)  # before minutes of loading
@@ -124,7 +125,7 @@ class TorchTarget:
         progress("checking the engine", None)
         check_target(engine)
         progress("measuring the cost of a step", None)
-        engine.calibrate()
+        engine.cost = cost_of(engine)
         return engine
 
     def __repr__(self) -> str:
@@ -168,14 +169,10 @@ class TorchTarget:
         return 0.0 if self._model.dtype == torch.float32 else 1.0
 
     def cost_ms(self, rows: int) -> float:
-        """Expected duration of a forward of this many rows, ms. Raises `LocalProtocolError` before `calibrate`."""
-        if self._cost is None:
+        """Expected duration of a forward of this many rows, ms. Raises `LocalProtocolError` before it was measured."""
+        if self.cost is None:
             raise LocalProtocolError("the cost of a forward is asked before it was measured")
-        return self._cost(rows)
-
-    def calibrate(self) -> None:
-        """Measure `cost_ms`; takes some seconds."""
-        self._cost = measure_cost(self)
+        return self.cost(rows)
 
     def forward(self, batch: Sequence[Rows]) -> list[tuple[int, ...]]:
         """See `TargetEngine.forward`. A tree must be followed by `keep` or `truncate` before the session's next rows.

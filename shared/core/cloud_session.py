@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from math import exp
 
 from shared.core.acceptance import Calibration
+from shared.core.acceptance_report import RequestAcceptance
 from shared.core.draft_tree import DraftTree, Grafted, Node
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
@@ -90,7 +91,7 @@ class CloudSession:
         self._offered: list[Node] = []
         self._ready_at = now
         self._recent_tokens = 0.0  # committed in the goodput window, older ones fading
-        self._num_steps = self._num_drafted = self._num_accepted = 0
+        self.acceptance = RequestAcceptance()
 
     def __repr__(self) -> str:
         return (
@@ -133,9 +134,9 @@ class CloudSession:
             committed_len=len(self.log),
             cached_len=self.cached_len,
             pending_tokens=self.pending_tokens,
-            num_steps=self._num_steps,
-            num_drafted=self._num_drafted,
-            num_accepted=self._num_accepted,
+            num_steps=self.acceptance.num_steps,
+            num_drafted=self.acceptance.num_draft_tokens,
+            num_accepted=self.acceptance.num_accepted_tokens,
             goodput=self.goodput(now),
             draft_ms=self.draft_ms,
             silent_ms=(now - heard_at) * 1000,
@@ -213,7 +214,6 @@ class CloudSession:
             raise LocalProtocolError("stepped without a step in flight")
         start = self.cached_len
         self.is_suspect = False
-        self._num_steps += 1
         if step.partial:  # it goes on where it is in the line of prompts
             self.cached_len += step.fed
             return Stepped(None, start, tuple(range(step.fed)))
@@ -223,8 +223,6 @@ class CloudSession:
         judged = self._tree.advance(tokens)
         self._tree.limit = max_ahead
         self._calibration.observe(judged.matched, judged.failed)
-        self._num_drafted += len(step.nodes)
-        self._num_accepted += len(accepted)
         self._recent_tokens = self.goodput(now) * _GOODPUT_WINDOW_S + len(tokens)
         self.stepped_at = now
         self.finish = self._finish_of(tokens[-1])
@@ -240,6 +238,7 @@ class CloudSession:
             verify_ms=verify_ms,
             max_ahead=max_ahead,
         )
+        self.acceptance.count(commit)
         return Stepped(commit, start, rows)
 
     def failed(self) -> None:

@@ -7,7 +7,8 @@ inside of a shared block, it gives up the whole block (`cut`).
 
 Placement: a session grows into the block right behind its last one where that is free, so that its tokens mostly lie
 in one run, which an engine can use as a plain view. A new run begins in the middle of the largest free gap, which
-leaves its neighbour and itself room to grow; the very first begins at block 0.
+leaves its neighbour and itself room to grow; sooner where what is wanted now would not fit behind the middle; and the
+very first at block 0.
 """
 
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ class KvBlocks:
         missing = num_blocks(length) - len(table.blocks)
         if missing > self.num_free:
             return False
-        for _ in range(missing):
-            self._append_block(table.blocks)
+        for wanted in range(missing, 0, -1):
+            self._append_block(table.blocks, wanted)
         table.length = length
         self._tables[key] = table
         return True
@@ -120,6 +121,9 @@ class KvBlocks:
             if len(set(table.blocks)) != len(table.blocks):
                 raise LocalProtocolError(f"{key}: a block twice in {table.blocks}")
             holders[table.blocks] += 1
+        for key, table in self._tables.items():
+            if table.length % BLOCK_TOKENS and holders[table.blocks[-1]] > 1:
+                raise LocalProtocolError(f"{key}: would write into block {table.blocks[-1]}, which others hold")
         if (holders != self._holders).any():
             block = int(np.flatnonzero(holders != self._holders)[0])
             raise LocalProtocolError(f"block {block}: {self._holders[block]} holders on record, {holders[block]} found")
@@ -127,21 +131,21 @@ class KvBlocks:
         if num_free != self.num_free:
             raise LocalProtocolError(f"{self.num_free} free blocks on record, {num_free} found")
 
-    def _append_block(self, blocks: list[int]) -> None:
+    def _append_block(self, blocks: list[int], wanted: int) -> None:
         block = blocks[-1] + 1 if blocks else self.num_blocks
         if block >= self.num_blocks or self._holders[block]:
-            block = self._new_run()
+            block = self._new_run(wanted)
         self._holders[block] = 1
         self.num_free -= 1
         blocks.append(block)
 
-    def _new_run(self) -> int:
-        """The middle of the largest free gap; its first block where the gap is all there is."""
+    def _new_run(self, wanted: int) -> int:
+        """Where a run of `wanted` blocks or more begins; at least one block is free."""
         edges = np.flatnonzero(np.diff(self._holders == 0, prepend=False, append=False))  # start, end, start, end, ...
         starts, sizes = edges[::2], edges[1::2] - edges[::2]
         largest = int(sizes.argmax())
         start, size = int(starts[largest]), int(sizes[largest])
-        return start if size == self.num_blocks else start + size // 2
+        return start if size == self.num_blocks else start + min(size // 2, max(size - wanted, 0))
 
     def _give_up(self, blocks: list[int], keep: int) -> None:
         """Drop the blocks of a table behind the first `keep`."""

@@ -209,3 +209,49 @@ class Description(_message.Message):
     max_pending_tokens: int
     vocabulary_tokens: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, model: _Optional[str] = ..., vocabulary: _Optional[_Union[Fingerprint, _Mapping]] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_pending_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ListSessionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SessionStatus(_message.Message):
+    __slots__ = ("session", "state", "want", "prompt_len", "committed_len", "cached_len", "pending_tokens", "num_steps", "num_drafted", "num_accepted", "goodput", "draft_ms", "silent_ms")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WANT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
+    CACHED_LEN_FIELD_NUMBER: _ClassVar[int]
+    PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_MS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_MS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    state: str
+    want: Want
+    prompt_len: int
+    committed_len: int
+    cached_len: int
+    pending_tokens: int
+    num_steps: int
+    num_drafted: int
+    num_accepted: int
+    goodput: float
+    draft_ms: float
+    silent_ms: float
+    def __init__(self, session: _Optional[str] = ..., state: _Optional[str] = ..., want: _Optional[_Union[Want, str]] = ..., prompt_len: _Optional[int] = ..., committed_len: _Optional[int] = ..., cached_len: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., goodput: _Optional[float] = ..., draft_ms: _Optional[float] = ..., silent_ms: _Optional[float] = ...) -> None: ...
+
+class SessionList(_message.Message):
+    __slots__ = ("sessions", "kv_blocks_used", "kv_blocks", "parked_sessions")
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionStatus]
+    kv_blocks_used: int
+    kv_blocks: int
+    parked_sessions: int
+    def __init__(self, sessions: _Optional[_Iterable[_Union[SessionStatus, _Mapping]]] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., parked_sessions: _Optional[int] = ...) -> None: ...

@@ -68,8 +68,9 @@ class Clock:
 class RecordingTarget(ToyTarget):
     """Notes each call and its thread.
 
-    A forward waits for `gate`. What stands in `faults` raises, once; a forward with a session that stands in `poison`
-    raises when that session has so many tokens in the cache, or more. Forwards and other calls move the clock as told.
+    A forward waits for `gate`. What stands in `faults` ("share", or "keep 15": the one from there) raises, once; a
+    forward with a session that stands in `poison` raises when that session's tokens would be so many, or more.
+    Forwards and other calls move the clock as told.
     """
 
     def __init__(self, clock: Clock, cache_tokens: int) -> None:
@@ -95,12 +96,12 @@ class RecordingTarget(ToyTarget):
         if self.forward_ms:
             self._clock.move(self.forward_ms)
         for rows in batch:
-            if rows.start >= self.poison.get(rows.session_id, 1 << 20):
+            if rows.start + len(rows.tokens) >= self.poison.get(rows.session_id, 1 << 20):
                 raise RuntimeError(f"{rows.session_id} is poison")
         return super().forward(batch)
 
     def keep(self, session_id: str, start: int, rows: Sequence[int]) -> None:
-        self._note("keep", session_id)
+        self._note("keep", session_id, start)
         super().keep(session_id, start, rows)
 
     def truncate(self, session_id: str, length: int) -> None:
@@ -115,14 +116,15 @@ class RecordingTarget(ToyTarget):
         self._note("release", session_id)
         super().release(session_id)
 
-    def _note(self, call: str, session_id: str) -> None:
+    def _note(self, call: str, session_id: str, start: int = 0) -> None:
         self.calls.append((call, session_id))
         self.threads.add(threading.get_ident())
         if call != "forward" and self.other_ms:
             self._clock.move(self.other_ms)
-        if call in self.faults:
-            self.faults.remove(call)
-            raise RuntimeError(f"{call} is broken\nbadly")
+        for fault in (call, f"{call} {start}"):
+            if fault in self.faults:
+                self.faults.remove(fault)
+                raise RuntimeError(f"{call} is broken\nbadly")
 
 
 class Inbox:

@@ -1,11 +1,15 @@
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 from cloud_verifier.config import CloudConfig, load_cloud_config
 from shared.config import ConfigError
+from shared.core.policies import Decodes, Offer
 from shared.core.settings import CloudSettings, SelfDecode, TableSettings
+from shared.engine import Capabilities, TargetEngine, TargetLimits
+from shared.policy.scheduler import BestRate
 from shared.testing.engines import TOY_VOCABULARY, HashModel, ToyTarget
 
 
@@ -15,19 +19,90 @@ def load(**overrides: object) -> CloudConfig:
     )
 
 
+def settings(target: TargetEngine | None = None, **overrides: object) -> TableSettings:
+    return load(**overrides).table_settings(target or ToyTarget(HashModel(1)))
+
+
 def test_the_defaults_are_those_of_the_core() -> None:
-    target = ToyTarget(HashModel(salt=1), cache_tokens=16_384)
-    context_length = load().target.context_tokens
-    expected = TableSettings(CloudSettings(context_length), TOY_VOCABULARY, cache_blocks=1024, max_active_sessions=256)
-    assert replace(load().table_settings(target), cache_sessions=expected.cache_sessions) == expected
+    made, core = (
+        settings(),
+        TableSettings(CloudSettings(2048), TOY_VOCABULARY, cache_blocks=4096, max_active_sessions=256),
+    )
+    assert made == core
+    speculation = load().speculation
+    policy = signature(BestRate).parameters
+    assert policy["prefill_chunk_tokens"].default == speculation.prefill_chunk_tokens
+    assert policy["max_step_ms"].default == speculation.max_step_ms
 
 
-def test_what_the_engine_takes_limits_what_is_served() -> None:
-    target = ToyTarget(HashModel(salt=1), base_ms=30.0, row_ms=1.0, cache_tokens=1024)
-    settings = load(limits__max_tpot_ms=50).table_settings(target)
-    assert settings.session.context_length == 1024 - 16  # a step's drafts lie in the cache too
-    assert (settings.cache_blocks, settings.max_active_sessions) == (64, 20)
-    assert load(limits__max_tpot_ms=10).table_settings(target).max_active_sessions == 1
+def test_limits_reach_the_core() -> None:
+    made = settings(
+        speculation__self_decode="off",
+        speculation__max_draft_rows=5,
+        speculation__max_pending_tokens=33,
+        speculation__max_pending_in_all=77,
+        speculation__window_tokens=9,
+        limits__max_sessions=3,
+        limits__max_new_tokens=6,
+        limits__idle_timeout_s=7,
+        limits__keep_cache_s=8,
+        limits__share_across_identities=True,
+        target__context_tokens=512,
+    )
+    assert made == TableSettings(
+        CloudSettings(512, SelfDecode.OFF, max_draft_rows=5, max_pending_tokens=33, window_tokens=9),
+        TOY_VOCABULARY,
+        cache_blocks=4096,
+        max_sessions=3,
+        max_active_sessions=3,
+        max_pending_in_all=77,
+        max_new_tokens=6,
+        share_across_identities=True,
+        idle_timeout_ms=7000.0,
+        park_timeout_ms=8000.0,
+    )
+
+
+class SmallTarget(ToyTarget):
+    """A context of 300 tokens, and a cache for two sessions."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(can_rollback=True, can_tree=True, max_context=300)
+
+    @property
+    def limits(self) -> TargetLimits:
+        return replace(super().limits, cache_sessions=2)
+
+
+def test_the_context_is_the_least_of_what_is_asked_for_what_the_model_has_and_what_the_cache_holds() -> None:
+    model = HashModel(1)
+    assert settings(SmallTarget(model), target__context_tokens=200).session.context_length == 200
+    assert settings(SmallTarget(model)).session.context_length == 300
+    # A session of full length and a step's drafts of it fit in; the half block at the end is not there.
+    small = SmallTarget(model, cache_tokens=200)
+    assert settings(small, speculation__max_draft_rows=10).session.context_length == 192 - 10
+    assert settings(small).cache_blocks == 12
+    assert settings(small).cache_sessions == 2
+
+
+@pytest.mark.parametrize(("max_tpot_ms", "most"), [(None, 64), (40.0, 10), (40.9, 10), (1.0, 1), (1e6, 64)])
+def test_a_limit_on_the_time_per_token_bounds_the_sessions_that_are_served(
+    max_tpot_ms: float | None, most: int
+) -> None:
+    target = ToyTarget(HashModel(1), base_ms=30.0, row_ms=1.0)
+    made = settings(target, limits__max_tpot_ms=max_tpot_ms, limits__max_sessions=64)
+    assert (made.max_active_sessions, made.max_sessions) == (most, 64)
+
+
+def test_the_step_policy_is_the_configured_one() -> None:
+    """A long prompt is read by chunks of the configured size, and within the engine's rows, whatever it asks for."""
+    prompt = Offer(prefill_rows=5000, worth=(), decodes=Decodes.FREELY, weight=1.0, waited_ms=0.0)
+    target = ToyTarget(HashModel(1), base_ms=10.0, row_ms=1.0)
+    assert load(speculation__prefill_chunk_tokens=100).step_policy(target).allot([prompt]) == [100]
+    assert load(speculation__prefill_chunk_tokens=8000).step_policy(target).allot([prompt]) == [2048]
+    running = Offer(prefill_rows=0, worth=(), decodes=Decodes.FREELY, weight=1.0, waited_ms=0.0)
+    assert load(speculation__max_step_ms=60).step_policy(target).allot([prompt, running]) == [49, 1]
 
 
 @pytest.mark.parametrize("written", ["off", '"off"'])
@@ -79,6 +154,11 @@ def test_client_certificates_need_tls(tmp_path: Path) -> None:
             "speculation.self_decode: expected one of off, idle, always, got never",
         ),
         ({"limits__idle_timeout_s": 0}, "limits.idle_timeout_s: expected a number from 1 to 86400, got 0"),
+        ({"target__kv_cache_mb": 0}, "target.kv_cache_mb: expected a whole number from 1 to 4194304, got 0"),
+        (
+            {"speculation__prefill_chunk_tokens": 8},
+            "speculation.prefill_chunk_tokens: expected a whole number from 16 to 8192, got 8",
+        ),
         ({"metrics__port": 70_000}, "metrics.port: expected a whole number from 0 to 65535, got 70000"),
         ({"limits__max_session": 1}, "limits.max_session: unknown key; did you mean max_sessions?"),
     ],

@@ -7,7 +7,7 @@ from shared.core.messages import Close, Commit, Draft, Finish, Heartbeat, NeedTo
 from shared.core.settings import SelfDecode
 from shared.core.tokens import TokenLog
 from shared.testing.engines import TOY_VOCABULARY
-from tests.cloud_verifier.lab import PROMPT, Lab, committed, in_lab, opening, target_stream
+from tests.cloud_verifier.lab import LONG_PROMPT, PROMPT, Lab, committed, in_lab, long_opening, opening, target_stream
 
 
 def test_a_session_gets_the_targets_stream() -> None:
@@ -96,6 +96,28 @@ def test_what_a_step_leaves_to_do_comes_before_the_next_forward() -> None:
     calls = in_lab(test).target.calls
     assert calls[:6] == [("forward", "/s"), ("keep", "/s")] * 3
     assert calls[6:8] == [("truncate", "/s"), ("forward", "/s")]
+
+
+def test_an_equal_prefix_is_shared_in_order() -> None:
+    async def test(lab: Lab) -> None:
+        first, second = lab.stream(), lab.stream()
+        first.post(long_opening("first", n=2))
+        assert isinstance(await first.next(), Commit)
+        lab.target.gate.clear()
+        first.post(Heartbeat(1, 41))
+        await lab.stop_in_forward()
+        second.post(long_opening("second", n=1))
+        lab.target.gate.set()
+        assert committed(await second.commits()) == target_stream(LONG_PROMPT, 1)
+
+    target = in_lab(test, window_tokens=1).target
+    # The step in flight is not over yet when the second one comes; its prefix stands whatever that step gives.
+    begin = target.calls.index(("share", "/second"))
+    assert target.calls[begin - 1][0] == target.calls[begin + 2][0] == "forward"
+    assert target.calls[begin : begin + 3] == [("share", "/second"), ("keep", "/first"), ("forward", "/second")]
+    (rows,) = target.batches[-1]
+    assert (rows.start, len(rows.tokens)) == (32, 8)
+    assert len(target.threads) == 1
 
 
 def test_an_evicted_cache_is_released_although_no_forward_follows() -> None:
@@ -216,6 +238,26 @@ def test_who_does_not_read_costs_a_window_of_forwards_and_no_more() -> None:
 
     batches = in_lab(test, window_tokens=8).target.batches
     assert sum(rows.session_id == "/slow" for batch in batches for rows in batch) == 8
+
+
+def test_drafts_that_flood_in_during_a_forward_are_held_up_to_a_limit() -> None:
+    right = target_stream(PROMPT, 12)
+
+    async def test(lab: Lab) -> None:
+        inbox = lab.stream()
+        lab.target.gate.clear()
+        inbox.post(opening(n=12, want=Want.SPECULATE))
+        await lab.stop_in_forward()
+        parent = TokenLog(PROMPT).hash_at(3)
+        inbox.post(Draft(3, parent, right[:6]), *[Draft(3, parent, (number, *range(99))) for number in range(1, 999)])
+        (status,) = lab.worker.session_statuses()
+        assert status.pending_tokens == 40
+        lab.target.gate.set()
+        commits = await inbox.commits()
+        assert committed(commits) == right
+        assert commits[1].num_accepted == 5  # the first of the six was next_token by then
+
+    in_lab(test, max_pending_tokens=40)
 
 
 def test_what_waits_behind_a_session_in_a_step_is_bounded() -> None:

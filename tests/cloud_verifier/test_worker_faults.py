@@ -1,9 +1,10 @@
-"""What becomes of the sessions where the target fails: one is to blame, or nobody knows what the cache holds."""
+"""Where the target fails: one of the sessions is to blame, or nobody knows what the caches hold."""
 
 import pytest
 from structlog.testing import capture_logs
 
-from shared.core.messages import Close, Failure, FailureCode
+from shared.core.messages import Commit, Failure, FailureCode, Open
+from shared.testing.engines import TOY_VOCABULARY
 from tests.cloud_verifier.lab import (
     LONG_PROMPT,
     PROMPT,
@@ -28,6 +29,35 @@ def open_all(lab: Lab) -> list[Inbox]:
 
 def text_of(name: str) -> tuple[int, ...]:
     return target_stream((1, 2, ord(name)), 12)
+
+
+def test_a_session_that_fails_the_forward_is_found_and_the_others_finish() -> None:
+    async def test(lab: Lab) -> None:
+        lab.target.poison["/b"] = 6
+        with capture_logs() as logs:
+            first, guilty, last = open_all(lab)
+            assert committed(await first.commits()) == text_of("a")
+            assert committed(await last.commits()) == text_of("c")
+            *commits, failure = await guilty.rest()
+        assert failure == Failure(FailureCode.INTERNAL, "the target failed on this session", 1000)
+        assert committed([commit for commit in commits if isinstance(commit, Commit)]) == text_of("b")[: len(commits)]
+        assert len(commits) == 3  # forwards with 3, 4 and 5 tokens of it went well
+        assert first.messages.empty()
+        assert last.messages.empty()
+        reasons = [entry["reason"] for entry in logs if entry["log_level"] == "error"]
+        assert reasons == ["/b is poison"] * 2  # in company, and alone
+        lab.target.poison.clear()
+        again = lab.stream()
+        again.post(opening("b", n=12, tokens=(1, 2, ord("b"))))
+        assert committed(await again.commits()) == text_of("b")
+        await lab.until_asleep()
+
+    lab = in_lab(test)
+    served = [sorted(rows.session_id for rows in batch) for batch in lab.target.batches]
+    assert served[:4] == [["/a", "/b", "/c"]] * 4
+    assert sorted(served[4:7]) == [["/a"], ["/b"], ["/c"]]
+    assert lab.metric("outrider_refusals_total", code="internal") == 1
+    assert lab.metric("outrider_sessions") == 3
 
 
 def test_a_forward_that_fails_once_costs_nobody_the_session() -> None:
@@ -59,35 +89,23 @@ def test_a_session_alone_in_a_failing_forward_is_given_up() -> None:
     in_lab(test)
 
 
-def cause_keep(lab: Lab) -> None:
-    """Every step ends with one."""
-
-
-def cause_truncate(lab: Lab) -> None:
-    first = lab.stream()
-    first.post(opening("s", n=2))
-
-
 @pytest.mark.parametrize("broken", ["keep", "truncate", "share", "release"])
 def test_an_engine_that_fails_elsewhere_starts_over(broken: str) -> None:
-    """Each of these is called for the session `/s` or `/t`; a release that fails again does not stop the others."""
+    """Each of these is called for `/s` or `/t`; a release that fails as well does not stop what follows."""
 
     async def test(lab: Lab) -> None:
         first, idle = lab.stream(), lab.stream()
         first.post(long_opening("s"))
         await first.commits()
+        lab.worker.lost(first.number)
         await lab.until_asleep()
         lab.target.faults = [broken, "release"]
+        second = lab.stream()
         with capture_logs() as logs:
-            second = lab.stream()
             if broken == "truncate":
-                first.post(Close())
-                assert await first.next() is None
                 second.post(opening("s", tokens=LONG_PROMPT[:3]))
             elif broken == "release":
-                first.post(Close())
-                assert await first.next() is None
-                second.post(opening("s"))  # nothing in common
+                second.post(opening("s"))  # nothing in common with what is cached
             else:
                 second.post(long_opening("t"))
             last = (await second.rest())[-1]
@@ -105,3 +123,40 @@ def test_an_engine_that_fails_elsewhere_starts_over(broken: str) -> None:
 
     lab = in_lab(test)
     assert lab.metric("outrider_sessions") == 1
+
+
+def test_starting_over_releases_a_shared_cache_that_no_forward_has_used() -> None:
+    async def test(lab: Lab) -> None:
+        first, second, third = lab.stream(), lab.stream(), lab.stream()
+        first.post(long_opening("s"))
+        await first.commits()
+        await lab.until_asleep()
+        lab.target.faults = ["keep"]
+        for name, inbox in (("second", second), ("third", third)):  # both share; a step reads the prompt of one
+            inbox.post(Open(name, (*LONG_PROMPT, *[5] * 600), 640, 8, TOY_VOCABULARY))
+        with capture_logs():
+            await third.rest()
+        assert ("forward", "/third") not in lab.target.calls
+
+    check_empty(in_lab(test), ("share", "/third"))
+
+
+def test_starting_over_releases_what_was_to_be_released_anyway() -> None:
+    async def test(lab: Lab) -> None:
+        parked, running = lab.stream(), lab.stream()
+        parked.post(opening("parked"))
+        await parked.commits()
+        lab.worker.lost(parked.number)
+        await lab.until_asleep()
+        lab.target.faults = ["keep 15"]  # then the running one takes the last block, which is the other's
+        running.post(opening("running", n=40))
+        with capture_logs():
+            assert isinstance((await running.rest())[-1], Failure)
+
+    check_empty(in_lab(test, cache_blocks=2), ("forward", "/parked"))
+
+
+def check_empty(lab: Lab, reached: tuple[str, str]) -> None:
+    assert reached in lab.target.calls
+    assert lab.target.caches == {}
+    assert lab.target.blocks.num_free == lab.target.blocks.num_blocks

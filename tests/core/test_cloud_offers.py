@@ -196,12 +196,12 @@ def test_session_is_active_while_its_text_goes_on_and_its_edge_keeps_up() -> Non
     for _ in range(5):
         planned(session)
         step(session, 9)
-    assert repr(session.is_active) == "False"  # mypy takes a property for a constant
+    assert (session.is_active, session.is_ready) == (False, False)
     session.acknowledged(9, 0.0, 0.0)
-    assert session.is_active
+    assert (session.is_active, session.is_ready) == (True, True)
     planned(session)
     assert commit_of(step(session, 9)).finish is Finish.LENGTH
-    assert not session.is_active
+    assert (session.is_active, session.is_ready) == (False, False)
 
 
 def test_status_is_what_an_operator_is_shown() -> None:

@@ -241,10 +241,11 @@ def test_failed_step_commits_nothing_and_trusts_no_cache() -> None:
     session = session_of()
     session.drafted(draft_on(session, 5), now=0.0)
     planned(session, now=0.25)
+    assert (session.is_suspect, session.is_stepping) == (False, True)
     session.failed()
-    assert session.is_suspect
-    assert (session.is_stepping, session.cached_len, session.log.tokens()) == (False, 0, (1, 2, 3))
+    assert (session.is_suspect, session.is_stepping) == (True, False)
+    assert (session.cached_len, session.log.tokens()) == (0, (1, 2, 3))
     assert offered(session, now=0.5) == Offer(2, [0.8], Decodes.FREELY, 1.0, 500.0)  # its drafts and its place stand
     planned(session)
     assert commit_of(step(session, 5, 6)).tokens == (5, 6)
-    assert not session.is_suspect
+    assert (session.is_suspect, session.is_stepping) == (False, False)

@@ -1,6 +1,7 @@
 """A session table and a toy target driven by hand, as the worker drives them, with checks after every move."""
 
 from collections import defaultdict
+from collections.abc import Container
 
 from shared.core import effects as fx
 from shared.core.kv_blocks import BLOCK_TOKENS
@@ -93,10 +94,10 @@ class Verifier:
 
     def end(self, fails: bool = False) -> None:
         """The forward of the step in flight is over."""
-        results, self.batch = self._results, []
+        results, served, self.batch = self._results, {rows.session_id for rows in self.batch}, []
         self._enact(self.table.failed(self.now) if fails else self.table.stepped(results, 1.0, self.now))
         self._carry_out()
-        self.check()
+        self.check(served)
 
     def step(self, fails: bool = False) -> list[str]:
         """A whole step, if there is anything to do."""
@@ -125,20 +126,24 @@ class Verifier:
         """Tokens of a session in the target's cache."""
         return len(self.target.caches.get(key, ()))
 
-    def check(self) -> None:
-        """The books agree with the target, caches are prefixes of the logs, and no peer can fill the memory."""
+    def check(self, keys: Container[str] | None = None) -> None:
+        """The books agree with the target, caches are prefixes of the logs, and no peer can fill the memory.
+
+        With `keys` only these sessions are looked at.
+        """
         settings, ledger, blocks = self._settings, self.table.ledger, self.target.blocks
         ledger.check_integrity()
         blocks.check_integrity()
         assert ledger.num_parked + len(self.table.sessions) <= max(settings.max_sessions, len(self.table.sessions))
-        for session in self.table.sessions:
+        sessions = [session for session in self.table.sessions if keys is None or session.key in keys]
+        for session in sessions:
             assert session.pending_tokens <= settings.session.max_pending_tokens
         if self.table.is_stepping:
             return
         self._carry_out()
         assert ledger.used_blocks == blocks.num_blocks - blocks.num_free
         assert len(blocks) <= settings.cache_sessions
-        for session in self.table.sessions:
+        for session in sessions:
             cache = self.target.caches.get(session.key, TokenLog())
             assert len(cache) == session.cached_len < len(session.log)
             assert session.log.has_prefix(len(cache), cache.hash_at(len(cache)))

@@ -17,6 +17,7 @@ def test_nothing_happened() -> None:
         "bytes_up_per_token",
         "bytes_down_per_token",
     }
+    assert report.pop("num_accepted_tokens_per_pos") == []
     assert {value for value in report.values() if value is not None} == {0}
 
 
@@ -48,6 +49,7 @@ def test_a_sequence_by_hand() -> None:
         "num_drafts": 1,
         "num_draft_tokens": 4,
         "num_accepted_tokens": 2,
+        "num_accepted_tokens_per_pos": [1, 1],
         "acceptance_rate": 0.5,
         "mean_acceptance_length": 2.0,
         "mean_verify_ms": 25.0,

@@ -22,10 +22,11 @@ from shared.core.messages import (
     NeedTokens,
     Open,
     Sampling,
+    SessionStatus,
     Want,
 )
 from shared.pb import speculation_pb2 as pb
-from shared.wire import Description
+from shared.wire import Description, SessionList
 
 untimed = settings(deadline=None)  # a busy machine is no failure
 
@@ -47,6 +48,28 @@ SAMPLING = st.builds(
 )
 SESSION_ID = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=128)
 HEARTBEAT = st.builds(Heartbeat, st.integers(0, 2**64 - 1), INT, st.floats(0, 2.0**100, width=32))
+UINT32 = st.integers(0, 2**32 - 1)
+FLOAT32 = st.floats(0, 2.0**100, width=32)
+
+
+@st.composite
+def statuses(draw: st.DrawFn) -> SessionStatus:
+    num_drafted = draw(UINT32)
+    return SessionStatus(
+        session=draw(st.text()),
+        state=draw(st.sampled_from(["prefill", "waiting", "ready", "stepping", "finished"])),
+        want=draw(st.sampled_from(Want)),
+        prompt_len=draw(UINT32),
+        committed_len=draw(UINT32),
+        cached_len=draw(UINT32),
+        pending_tokens=draw(UINT32),
+        num_steps=draw(UINT32),
+        num_drafted=num_drafted,
+        num_accepted=draw(st.integers(0, num_drafted)),
+        goodput=draw(FLOAT32),
+        draft_ms=draw(FLOAT32),
+        silent_ms=draw(FLOAT32),
+    )
 
 
 @st.composite
@@ -131,6 +154,29 @@ def test_description_comes_back_equal(description: Description) -> None:
 def test_description_with_its_vocabulary_comes_back_equal() -> None:
     description = Description("m", Fingerprint(3, b"d"), 512, "float32", "torch", 8, 64, (b"a", b"", b"\xff"))
     assert wire.description_from_wire(wire.description_to_wire(description)) == description
+
+
+@untimed
+@given(st.builds(SessionList, st.lists(statuses(), max_size=4).map(tuple), UINT32, UINT32, UINT32))
+def test_session_list_comes_back_equal(listed: SessionList) -> None:
+    encoded = wire.session_list_to_wire(listed).SerializeToString()
+    assert wire.session_list_from_wire(pb.SessionList.FromString(encoded)) == listed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"want": 0}, "SessionStatus.want is 0"),
+        ({"num_drafted": 2, "num_accepted": 3}, "3 tokens accepted of 2 drafted"),
+        ({"goodput": math.nan}, "SessionStatus.goodput is nan"),
+        ({"draft_ms": -1.0}, "SessionStatus.draft_ms is -1.0"),
+        ({"silent_ms": math.inf}, "SessionStatus.silent_ms is inf"),
+    ],
+)
+def test_malformed_session_list_is_refused(changes: dict[str, object], reason: str) -> None:
+    status = pb.SessionStatus(**{"session": "/s", "state": "ready", "want": 1, **changes})  # type: ignore[arg-type]  # any by name
+    with pytest.raises(RemoteProtocolError, match=reason):
+        wire.session_list_from_wire(pb.SessionList(sessions=[status]))
 
 
 def test_draft_ms_is_rounded_to_float32() -> None:
