@@ -35,11 +35,10 @@ class Calibration:
     """A draft token's confidence turned into the probability that it is accepted, learnt as tokens are judged.
 
     Each of eight ranges of confidence has a smoothed acceptance of its own, drawn towards that of the whole session by
-    the weight of a few observations: a range that was never seen believes the session. For a confidence of one byte
-    `table[confidence >> RANGE_BITS]` is the probability, 0 to 1.
+    the weight of a few observations: a range that was never seen believes the session.
     """
 
-    __slots__ = ("_overall", "_ranges", "table")
+    __slots__ = ("_overall", "_ranges", "_table")
 
     RANGE_BITS = 5
     _DRAWN_BY = 4.0
@@ -47,10 +46,18 @@ class Calibration:
     def __init__(self) -> None:
         self._overall = Acceptance()
         self._ranges = [(0.0, 0.0)] * (256 >> self.RANGE_BITS)  # (smoothed acceptance, observations)
-        self.table = [self._overall.rate] * len(self._ranges)
+        self._table: list[float] | None = None  # until it is asked for
 
     def __repr__(self) -> str:
         return repr(self._overall)
+
+    @property
+    def table(self) -> list[float]:
+        """For a confidence of one byte `table[confidence >> RANGE_BITS]` is the probability, 0 to 1."""
+        if self._table is None:
+            drawn = self._overall.rate * self._DRAWN_BY
+            self._table = [(rate * seen + drawn) / (seen + self._DRAWN_BY) for rate, seen in self._ranges]
+        return self._table
 
     def observe(self, accepted: bytes, rejected: bytes) -> None:
         """Learn from one judged path: the confidences of the tokens that matched, and of the one that did not."""
@@ -62,5 +69,4 @@ class Calibration:
                 rate, seen = self._ranges[confidence >> self.RANGE_BITS]
                 seen = min(seen + 1, Acceptance.WINDOW_TOKENS)
                 self._ranges[confidence >> self.RANGE_BITS] = (rate + (outcome - rate) / seen, seen)
-        drawn = self._overall.rate * self._DRAWN_BY
-        self.table = [(rate * seen + drawn) / (seen + self._DRAWN_BY) for rate, seen in self._ranges]
+        self._table = None

@@ -85,7 +85,7 @@ class DraftTree:
 
     def advance(self, tokens: Sequence[int]) -> Judged:
         """Re-root along tokens that were just committed (and appended to the log)."""
-        matched, node = bytearray(), self._root
+        matched, node, has_siblings = bytearray(), self._root, False
         for token in tokens:
             child = node.children.get(token)
             if child is None:
@@ -94,8 +94,12 @@ class DraftTree:
                 self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 255)
                 return Judged(bytes(matched), bytes((max(siblings),)) if siblings else b"")
             matched.append(child.confidence)
+            has_siblings |= len(node.children) > 1
             node = child
-        self._adopt(node)
+            del self._nodes[node.prefix_hash]
+        self._root, node.parent = node, None
+        if has_siblings:
+            self._prune()
         return Judged(bytes(matched), b"")
 
     def best(self, count: int, last_position: int, table: Sequence[float]) -> tuple[list[Node], list[float]]:
@@ -109,14 +113,21 @@ class DraftTree:
         frontier: list[tuple[float, int, Node]] = []  # a heap; the serial number breaks ties by age
         node, path_worth, serial = self._root, 1.0, 0
         while len(nodes) < count:
-            if node.position < last_position:
-                for child in node.children.values():
+            children = node.children
+            if node.position >= last_position:
+                children = {}
+            if len(children) == 1 and not frontier:  # a chain needs no heap
+                (node,) = children.values()
+                path_worth *= table[node.confidence >> Calibration.RANGE_BITS]
+            else:
+                for child in children.values():
                     serial += 1
-                    heappush(frontier, (-path_worth * table[child.confidence >> Calibration.RANGE_BITS], serial, child))
-            if not frontier:
-                break
-            lost, _, node = heappop(frontier)
-            path_worth = -lost
+                    sure = table[child.confidence >> Calibration.RANGE_BITS]
+                    heappush(frontier, (-path_worth * sure, serial, child))
+                if not frontier:
+                    break
+                lost, _, node = heappop(frontier)
+                path_worth = -lost
             nodes.append(node)
             worth.append(path_worth)
         return nodes, worth
@@ -136,11 +147,10 @@ class DraftTree:
             parent = child
         return Grafted(added, 0, 0)
 
-    def _adopt(self, root: Node) -> None:
+    def _prune(self) -> None:
+        """Forget what does not hang on the root."""
         self._nodes = {}
-        self._root = root
-        root.parent = None
-        waiting = list(root.children.values())
+        waiting = list(self._root.children.values())
         while waiting:
             node = waiting.pop()
             self._nodes[node.prefix_hash] = node
