@@ -138,10 +138,10 @@ def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Reques
     )
 
 
-def make_agent(config: EdgeConfig, loaded: LoadedDraft, offline: bool = False) -> EdgeAgent:
-    """The agent that these settings describe, ready to answer; nothing is dialled yet."""
-    link, speculation = config.link, config.speculation
-    settings = EdgeSettings(
+def make_settings(config: EdgeConfig, offline: bool = False) -> EdgeSettings:
+    """How a session treats its link, by these settings."""
+    link = config.link
+    return EdgeSettings(
         link=LinkSettings(max_stall_ms=link.max_stall_ms, heartbeat_ms=link.heartbeat_ms),
         patience_ms=link.patience_ms,
         connect_timeout_ms=link.connect_timeout_ms,
@@ -151,13 +151,21 @@ def make_agent(config: EdgeConfig, loaded: LoadedDraft, offline: bool = False) -
         on_reconnect=link.on_reconnect,
         offline=offline,
     )
-    policy: DraftPolicy
+
+
+def make_policy(config: EdgeConfig) -> DraftPolicy:
+    """How far to draft ahead, by these settings."""
+    speculation = config.speculation
     if speculation.run_ahead:
-        policy = RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms)
-    else:
-        policy = StopAndWait(speculation.draft_tokens)
+        return RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms)
+    return StopAndWait(speculation.draft_tokens)
+
+
+def make_agent(config: EdgeConfig, loaded: LoadedDraft, offline: bool = False) -> EdgeAgent:
+    """The agent that these settings describe, ready to answer; nothing is dialled yet."""
     token = config.verifier.token
     channel = Channel(config.verifier, token.get_secret_value() if token else None)
+    settings, policy = make_settings(config, offline), make_policy(config)
     return EdgeAgent(loaded.engine, loaded.model.vocabulary, channel, settings, policy)
 
 

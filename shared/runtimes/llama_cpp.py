@@ -55,11 +55,19 @@ def _complaint() -> str:
 
 
 def quantize(path: Path, to: str, destination: Path) -> None:
-    """Write the GGUF model at `path` once more with its weights as `to` (`q8_0`). Raises `EngineError`."""
+    """Write the GGUF model at `path` once more with its weights as `to`: q4_0, q8_0, bfloat16 or float32.
+
+    Raises `EngineError`.
+    """
     library = _library()
     check_is_gguf(path)
     params = library.llama_model_quantize_default_params()
-    params.ftype = {"q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0}[to]
+    params.ftype = {
+        "q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0,
+        "q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0,
+        "bfloat16": library.LLAMA_FTYPE_MOSTLY_BF16,
+        "float32": library.LLAMA_FTYPE_ALL_F32,
+    }[to]
     params.allow_requantize = True
     if library.llama_model_quantize(bytes(path), bytes(destination), ctypes.byref(params)):
         raise EngineError(f"model file {path} cannot be quantized to {to}: {_complaint()}")

@@ -1,0 +1,103 @@
+"""A verifier in a process of its own for `bench capacity`: the real one, around a real or a recorded target.
+
+It prints its address as one JSON line, then answers each line on stdin: `begin` forgets the steps so far, `report` says
+what they were. It ends with its stdin.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from statistics import median
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from benchmarks import emulated
+from cloud_verifier.config import CloudConfig, load_cloud_config
+from cloud_verifier.engines import Target, load_target
+from cloud_verifier.serve import serving
+from shared.logs import configure_logs
+from shared.metrics import StepReport, VerifierMetrics
+from shared.testing.recorded import RecordedTarget, Recording
+from shared.vocabulary import Vocabulary
+
+
+class Notebook(VerifierMetrics):
+    """Metrics that also keep each step's report."""
+
+    def __init__(self) -> None:
+        super().__init__(CollectorRegistry())
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was."""
+        self.reports: list[StepReport] = []
+        self._began_s, self._began_cpu_s = time.monotonic(), time.process_time()
+
+    def stepped(self, report: StepReport) -> None:
+        """See `VerifierMetrics`."""
+        super().stepped(report)
+        self.reports.append(report)
+
+    def report(self) -> dict[str, Any]:
+        """Medians over the steps since `begin`; `overhead_fraction` over those that followed one another at once."""
+        reports, elapsed_s = self.reports, time.monotonic() - self._began_s
+        gaps = [made.outside_ms / made.verify_ms for made in reports if made.outside_ms is not None]
+        drafted = sum(made.num_drafted for made in reports)
+
+        def middle(name: str) -> float:
+            return round(median(float(getattr(made, name)) for made in reports), 3)
+
+        return (
+            {
+                "steps": len(reports),
+                "sessions_per_step": middle("sessions"),
+                "rows_per_step": median(
+                    made.prefill_rows + made.draft_rows + made.self_decode_rows for made in reports
+                ),
+                "verify_ms_per_step": middle("verify_ms"),
+                "scheduler_ms_per_step": middle("schedule_ms"),
+                "overhead_fraction": round(median(gaps), 4) if gaps else None,
+                "acceptance_rate": round(sum(made.num_accepted for made in reports) / drafted, 4) if drafted else None,
+                "server_cpu": round((time.process_time() - self._began_cpu_s) / elapsed_s, 3),
+            }
+            if reports
+            else {"steps": 0}
+        )
+
+
+def make_target(engine: str, config: CloudConfig) -> Target:
+    """The target by the name of the benchmark's engine."""
+    if engine != "recorded":
+        return load_target(config.target, lambda _stage, _part: None)
+    recording = Recording.load()
+    vocabulary = Vocabulary(tuple(b"%d" % token for token in range(recording.vocabulary_size)))
+    return Target(RecordedTarget(recording, emulated.step_ms), vocabulary, "recorded", "emulated", "recorded")
+
+
+async def serve(engine: str, dtype: str, max_sessions: int) -> None:
+    """Until stdin ends."""
+    overrides: dict[str, object] = {
+        "server.address": "127.0.0.1:0",
+        "target.threads": 1,
+        "target.dtype": dtype,
+        "limits.max_sessions": max_sessions,
+        "limits.keep_cache_s": 0,
+    }
+    if engine != "recorded":
+        overrides["target.engine"] = engine
+    config = load_cloud_config(environ=os.environ, overrides=overrides)
+    configure_logs("warning", "console")
+    notebook = Notebook()
+    async with serving(config, make_target(engine, config), metrics=notebook) as running:
+        print(json.dumps({"address": running.address}), flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            if line.strip() == "begin":
+                notebook.begin()
+            print(json.dumps(notebook.report()), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], sys.argv[2], int(sys.argv[3])))
