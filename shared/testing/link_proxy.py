@@ -1,8 +1,9 @@
-"""A TCP link in user space with a delay and a switch, for demos and tests where the kernel has no netem.
+"""A TCP link in user space with delay, jitter, rate and a switch, for demos and tests where the kernel has no netem.
 
 A proxied connection has two ends, one towards the client and one towards the server. What one end reads leaves through
-its peer `one_way_ms` later; so do the end of a stream and a reset. Any number of chunks are under way at once: a pipe,
-not stop-and-wait. Only the TCP handshake is not delayed. Timers alone drive it, so an idle link costs nothing.
+its peer when its `Direction` says so, the same for all connections; the end of a stream and a reset take as long as a
+byte would. Any number of chunks are under way at once: a pipe, not stop-and-wait. Only the TCP handshake is not
+delayed. Timers alone drive it, so an idle link costs nothing.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ import socket
 import struct
 from collections import deque
 from typing import Literal
+
+from shared.testing.link_shape import Condition, Direction
 
 _HOST = "127.0.0.1"
 # The event loop's waits are whole milliseconds, rounded up: half of one taken off centres the error on zero.
@@ -20,13 +23,17 @@ _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 class LinkProxy:
     """Async context manager: listens on 127.0.0.1:`port`, carries every connection to the upstream address and back.
 
-    `bytes_up` (towards the server) and `bytes_down` count what was delivered. `one_way_ms` may be changed at any time.
-    Use it from one event loop. Entering raises `OSError` where no port is free; leaving resets every connection.
+    `up` (towards the server) and `down` say when bytes come out; they may be changed at any time, in the event loop's
+    clock. `bytes_up` and `bytes_down` count what was delivered. Use it from one event loop. Port 0 takes a free one.
+    Entering raises `OSError` where there is none; leaving resets every connection.
     """
 
-    def __init__(self, upstream_host: str, upstream_port: int, one_way_ms: float = 25.0) -> None:
-        self.one_way_ms = one_way_ms
-        self.port = 0
+    def __init__(
+        self, upstream_host: str, upstream_port: int, one_way_ms: float = 25.0, *, seed: int = 0, port: int = 0
+    ) -> None:
+        self.up = Direction(Condition(one_way_ms), f"{seed} up")
+        self.down = Direction(Condition(one_way_ms), f"{seed} down")
+        self.port = port
         self.bytes_up = 0
         self.bytes_down = 0
         self._upstream = (upstream_host, upstream_port)
@@ -38,7 +45,10 @@ class LinkProxy:
     def __repr__(self) -> str:
         state = "refusing" if self._server is None else "cut" if self._is_cut else "up"
         in_flight = sum(len(end.in_flight) for end in self._ends)
-        return f"<LinkProxy {state}, {self.one_way_ms:g} ms, {len(self._ends)} sockets, {in_flight} chunks in flight>"
+        return (
+            f"<LinkProxy {state}, {self.up!r} up, {self.down!r} down, "
+            f"{len(self._ends)} sockets, {in_flight} chunks in flight>"
+        )
 
     async def __aenter__(self) -> "LinkProxy":
         await self._listen()
@@ -51,6 +61,12 @@ class LinkProxy:
         if endings := [*self._dials, *(end.closed for end in self._ends)]:
             await asyncio.wait(endings)
 
+    def change(self, up: Condition, down: Condition) -> None:
+        """From now on the link is like this."""
+        now = asyncio.get_running_loop().time()
+        self.up.change(up, now)
+        self.down.change(down, now)
+
     def cut(self, how: Literal["blackhole", "reset"]) -> None:
         """Break the link now; what is in flight is lost.
 
@@ -58,6 +74,9 @@ class LinkProxy:
         connection is reset and new ones are refused.
         """
         self._is_cut = True
+        now = asyncio.get_running_loop().time()
+        self.up.clear(now)
+        self.down.clear(now)
         for end in self._ends:
             end.lose()
             if how == "reset":
@@ -168,18 +187,27 @@ class _End(asyncio.Protocol):
 
     def _pass_on(self, payload: bytes | None) -> None:
         """Send the peer what was read: bytes, empty ones for the end of the stream, None for a reset."""
-        due = self._loop.time() + self._link.one_way_ms / 1000
-        if self._peer is not None:
-            self._peer._expect(due, payload)
-        elif not self.is_lost:
-            self._early.append((due, payload))
+        if self.is_lost:
+            return
+        now = self._loop.time()
+        direction = self._link.up if self.client is None else self._link.down
+        piece_bytes = direction.condition_at(now).piece_bytes
+        pieces = [payload]
+        if payload and piece_bytes is not None:
+            pieces = [payload[start : start + piece_bytes] for start in range(0, len(payload), piece_bytes)]
+        for piece in pieces:
+            due = direction.due_at(len(piece or b""), now)
+            if self._peer is not None:
+                self._peer._expect(due, piece)
+            else:
+                self._early.append((due, piece))
 
     def _expect(self, due: float, payload: bytes | None) -> None:
         if self.is_lost or self.closed.done():
             return
-        if self.in_flight:  # timers of one instant fire in no order, and the delay may have been lowered
+        if self.in_flight:  # timers of one instant fire in no order, and the delay may have become shorter
             due = max(due, self.in_flight[-1].when() + _TIMER_BIAS_S + 1e-6)
-        elif self._link.one_way_ms == 0:
+        elif due <= self._loop.time():
             self._arrive(payload)  # no trip through a timer: it would cost up to a millisecond
             return
         self.in_flight.append(self._loop.call_at(due - _TIMER_BIAS_S, self._on_timer, payload))

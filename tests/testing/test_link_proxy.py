@@ -2,11 +2,13 @@ import asyncio
 import contextlib
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
 import pytest
 
 from shared.testing.link_proxy import LinkProxy
+from shared.testing.link_shape import PACKET_BYTES, Condition
 
 HOUR_S = 3600.0  # long enough that nothing moves unless the test turns the clock
 Peer = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -187,7 +189,7 @@ async def test_a_lower_delay_does_not_let_bytes_overtake(lab: Lab) -> None:
     client, server = await lab.pair()
     client[1].write(b"first ")
     await lab.until("1 chunks in flight")
-    lab.link.one_way_ms = 0.0
+    lab.link.change(Condition(), Condition())
     client[1].write(b"second")
     await lab.until("2 chunks in flight")
     lab.turn_clock(HOUR_S)
@@ -239,7 +241,7 @@ async def test_a_blackhole_loses_what_is_in_flight_and_tells_nobody(lab: Lab) ->
     lab.link.cut("blackhole")
     assert "cut" in repr(lab.link)
     assert "2 sockets, 0 chunks" in repr(lab.link)
-    lab.link.one_way_ms = 0.0
+    lab.link.change(Condition(), Condition())
     client[1].write(b"lost too")
     server[1].write_eof()
     lab.turn_clock(2 * HOUR_S)
@@ -304,8 +306,8 @@ async def test_a_reset_link_kills_connections_and_refuses_new_ones_until_restore
             await peer[0].read(1)
     with pytest.raises(ConnectionRefusedError):
         await lab.connect()
-    assert "refusing, 3.6e+06 ms, 0 sockets, 0 chunks" in repr(lab.link)
-    lab.link.one_way_ms = 0.0
+    assert "refusing, 3.6e+06 ms up, 3.6e+06 ms down, 0 sockets, 0 chunks" in repr(lab.link)
+    lab.link.change(Condition(), Condition())
     await lab.link.restore()
     assert lab.link.port == port
     client, server = await lab.pair()
@@ -354,3 +356,43 @@ def test_an_upstream_that_is_down_resets_the_client() -> None:
             await close(writer)
 
     run_scenario(scenario())
+
+
+@in_lab(0.0)
+async def test_a_rate_holds_bytes_back_until_their_time_has_come(lab: Lab) -> None:
+    client, server = await lab.pair()
+    slow = Condition(rate_kbps=8 * PACKET_BYTES / HOUR_S / 1000)  # a packet an hour
+    lab.link.change(slow, slow)
+    client[1].write(b"x" * 4 * PACKET_BYTES)
+    await lab.until("4 chunks in flight")
+    for number in range(1, 5):
+        lab.turn_clock(HOUR_S)
+        assert await server[0].readexactly(PACKET_BYTES)
+        await lab.until(f"{4 - number} chunks in flight")
+    assert lab.link.bytes_up == 4 * PACKET_BYTES
+
+
+@in_lab(0.0)
+async def test_a_real_second_carries_no_more_than_the_rate_allows(lab: Lab) -> None:
+    client, server = await lab.pair()
+    condition = Condition(delay_ms=20.0, rate_kbps=2000.0)
+    lab.link.change(condition, condition)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    client[1].write(b"x" * 100_000)
+    await server[0].readexactly(100_000)
+    # The upper bound is all the machine's own time; it only tells a link that stands still from a slow one.
+    assert 0.42 * 0.95 <= loop.time() - began <= 0.42 * 10
+
+
+@in_lab(0.0)
+async def test_an_idle_link_burns_nothing_and_a_fast_one_little(lab: Lab) -> None:
+    client, server = await lab.pair()
+    fast = Condition(delay_ms=5.0, rate_kbps=100_000.0)
+    lab.link.change(fast, fast)
+    began_cpu_s = time.thread_time()
+    await asyncio.sleep(0.3)
+    assert time.thread_time() - began_cpu_s < 0.1
+    client[1].write(b"x" * 1_000_000)
+    await server[0].readexactly(1_000_000)
+    assert time.thread_time() - began_cpu_s < 1.0  # 0.08 s of traffic
