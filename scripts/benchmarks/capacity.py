@@ -1,24 +1,17 @@
 """How many edges one verifier carries: a server process on the first core, a fleet of edges on the last one."""
 
 import asyncio
-import contextlib
 import gc
-import json
 import os
-import platform
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, Literal
 
 from benchmarks import emulated
 from benchmarks.fleet import FleetEdge
+from benchmarks.processes import BenchError, Child, machine, pin, verifier
 from edge_agent.__main__ import make_policy, make_settings
 from edge_agent.config import EdgeConfig, load_edge_config
 from shared.core.messages import Fingerprint, Sampling, Want
@@ -32,12 +25,6 @@ NEW_TOKENS = 128
 FEWEST_TOKENS = 32  # that an answer must have shown within a run to have a TPOT
 STAGGER_S = 0.025  # from one session's beginning to the next one's, about: prompts take their time
 SHARE_IN_TIME = 0.95  # of the answers must keep the TPOT limit for a number of sessions to count as served
-_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # before anything is pinned
-LONGEST_START_S = 600.0  # a target that is loaded, converted and measured first
-
-
-class BenchError(Exception):
-    """Something did not work; one line for a person."""
 
 
 @dataclass(frozen=True)
@@ -59,58 +46,6 @@ class Load:
         return sum(self.tokens_by_session) / self.window_s
 
 
-class Server:
-    """A verifier process and the pipe to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.address = ""
-
-    async def ask(self, word: str) -> dict[str, Any]:
-        """Send a line, read the answer. Raises `BenchError` where the process has ended."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{word}\n".encode())
-        return await self.read()
-
-    async def read(self) -> dict[str, Any]:
-        """The next line."""
-        assert self._process.stdout is not None
-        line = await asyncio.wait_for(self._process.stdout.readline(), LONGEST_START_S)
-        if not line:
-            raise BenchError("the verifier process has ended; what it said is above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-@contextlib.asynccontextmanager
-async def server(engine: Engine, dtype: str, max_sessions: int) -> AsyncIterator[Server]:
-    """A verifier on the first core while the context lasts."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.capacity_server", engine, dtype, str(max_sessions),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent,
-        preexec_fn=lambda: pin(0), env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        running = Server(process)
-        running.address = (await running.read())["address"]
-        yield running
-    finally:
-        if process.returncode is None:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                await asyncio.wait_for(process.wait(), 10)
-            except asyncio.TimeoutError:
-                process.kill()
-                await process.wait()
-
-
-def pin(which: Literal[0, -1]) -> None:
-    """Keep this process on the first or the last of its cores, where it has two."""
-    if _CORES:
-        os.sched_setaffinity(0, {_CORES[which]})
-
-
 class Fleet:
     """How the edges of a run are made: from a recording, or plain streams of a real target."""
 
@@ -122,7 +57,7 @@ class Fleet:
         self._seed = seed
         self.recording = Recording.load()
 
-    async def load(self, running: Server, sessions: int, seconds: float, warmup_s: float, want: Want) -> Load:
+    async def load(self, running: Child, sessions: int, seconds: float, warmup_s: float, want: Want) -> Load:
         """Run `sessions` edges for `warmup_s` and then `seconds`; what they saw in the latter."""
         policy, settings = make_policy(self._config), make_settings(self._config)
         random = Random(self._seed)
@@ -137,7 +72,7 @@ class Fleet:
             FleetEdge(
                 index,
                 self._config.model_copy(
-                    update={"verifier": self._config.verifier.model_copy(update={"address": running.address})}
+                    update={"verifier": self._config.verifier.model_copy(update={"address": running.hello["address"]})}
                 ),
                 settings,
                 policy,
@@ -154,11 +89,11 @@ class Fleet:
             tasks.append(asyncio.create_task(edge.run()))
             await asyncio.sleep(random.uniform(0.5, 1.5) * STAGGER_S)
         await asyncio.sleep(warmup_s)
-        await running.ask("begin")
+        await running.ask({"do": "begin"})
         began, began_cpu_s = time.monotonic(), time.process_time()
         await asyncio.sleep(seconds)
         ended, cpu_s = time.monotonic(), time.process_time() - began_cpu_s
-        report = await running.ask("report")
+        report = await running.ask({"do": "report"})
         for task in tasks:
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -208,7 +143,7 @@ async def recorded(
     config = load_edge_config(environ=os.environ, overrides={})
     fleet = Fleet(config, draft, draft_ms, recording.fingerprint, seed)
     pin(-1)
-    async with server("recorded", "float32", 4 * sessions) as running:
+    async with verifier("recorded", {"limits.max_sessions": 4 * sessions}) as running:
         plain = await fleet.load(running, sessions, seconds, seconds / 2, Want.STREAM)
         load = await fleet.load(running, sessions, seconds, seconds / 2, Want.SPECULATE)
 
@@ -267,8 +202,8 @@ async def real(engine: Engine, dtype: str, sessions: int, seconds: float, rounds
     config = load_edge_config(environ=os.environ, overrides={})
     singles, aggregates = [], []
     pin(-1)
-    async with server(engine, dtype, 4 * sessions) as running:
-        vocabulary = await vocabulary_of(config, running.address)
+    async with verifier(engine, {"limits.max_sessions": 4 * sessions, "target.dtype": dtype}) as running:
+        vocabulary = await vocabulary_of(config, running.hello["address"])
         fleet = Fleet(config, next(iter(Recording.load().drafts)), 1.0, vocabulary, seed)
         for _ in range(rounds):
             singles.append((await fleet.load(running, 1, seconds, 1.0, Want.STREAM)).tokens_per_s)
@@ -296,15 +231,3 @@ async def vocabulary_of(config: EdgeConfig, address: str) -> Fingerprint:
         return (await channel.describe()).vocabulary
     finally:
         await channel.close()
-
-
-def machine(seed: int) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {name: metadata.version(name) for name in ("outrider", "grpcio", "numpy")}
-    return {
-        "seed": seed,
-        "machine": f"{len(names) or os.cpu_count()} x {names[0] if names else platform.machine()}",
-        "versions": {"python": platform.python_version(), **versions},
-    }

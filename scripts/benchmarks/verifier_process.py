@@ -1,7 +1,7 @@
-"""A verifier in a process of its own for `bench capacity`: the real one, around a real or a recorded target.
+"""A verifier in a process of its own for the benchmarks: the real one, around a real, a recorded or a toy target.
 
-It prints its address as one JSON line, then answers each line on stdin: `begin` forgets the steps so far, `report` says
-what they were. It ends with its stdin.
+It prints its address and cost curve as one JSON line, then answers each line on stdin: `begin` forgets the steps so
+far, `report` says what they were. It ends with its stdin.
 """
 
 import asyncio
@@ -20,8 +20,11 @@ from cloud_verifier.engines import Target, load_target
 from cloud_verifier.serve import serving
 from shared.logs import configure_logs
 from shared.metrics import StepReport, VerifierMetrics
+from shared.testing.engines import TOY_VOCABULARY, HashModel, ToyTarget
 from shared.testing.recorded import RecordedTarget, Recording
 from shared.vocabulary import Vocabulary
+
+COST_ROWS = 64
 
 
 class Notebook(VerifierMetrics):
@@ -61,6 +64,8 @@ class Notebook(VerifierMetrics):
                 "scheduler_ms_per_step": middle("schedule_ms"),
                 "overhead_fraction": round(median(gaps), 4) if gaps else None,
                 "acceptance_rate": round(sum(made.num_accepted for made in reports) / drafted, 4) if drafted else None,
+                "committed_tokens": sum(made.num_committed for made in reports),
+                "cpu_s": time.process_time() - self._began_cpu_s,
                 "server_cpu": round((time.process_time() - self._began_cpu_s) / elapsed_s, 3),
             }
             if reports
@@ -69,7 +74,11 @@ class Notebook(VerifierMetrics):
 
 
 def make_target(engine: str, config: CloudConfig) -> Target:
-    """The target by the name of the benchmark's engine."""
+    """The target by the name of the benchmark's engine: `recorded`, `toy` (costs nothing), or a real one."""
+    if engine == "toy":
+        toy = ToyTarget(HashModel(salt=3), base_ms=0.05, row_ms=0.001)
+        vocabulary = Vocabulary(tuple(b"%d" % token for token in range(TOY_VOCABULARY.size)))
+        return Target(toy, vocabulary, "toy", "none", "toy")
     if engine != "recorded":
         return load_target(config.target, lambda _stage, _part: None)
     recording = Recording.load()
@@ -77,27 +86,23 @@ def make_target(engine: str, config: CloudConfig) -> Target:
     return Target(RecordedTarget(recording, emulated.step_ms), vocabulary, "recorded", "emulated", "recorded")
 
 
-async def serve(engine: str, dtype: str, max_sessions: int) -> None:
+async def serve(engine: str, overrides: dict[str, object]) -> None:
     """Until stdin ends."""
-    overrides: dict[str, object] = {
-        "server.address": "127.0.0.1:0",
-        "target.threads": 1,
-        "target.dtype": dtype,
-        "limits.max_sessions": max_sessions,
-        "limits.keep_cache_s": 0,
-    }
-    if engine != "recorded":
-        overrides["target.engine"] = engine
-    config = load_cloud_config(environ=os.environ, overrides=overrides)
+    fixed: dict[str, object] = {"server.address": "127.0.0.1:0", "target.threads": 1, "limits.keep_cache_s": 0}
+    if engine not in ("recorded", "toy"):
+        fixed["target.engine"] = engine
+    config = load_cloud_config(environ=os.environ, overrides=fixed | overrides)
     configure_logs("warning", "console")
     notebook = Notebook()
-    async with serving(config, make_target(engine, config), metrics=notebook) as running:
-        print(json.dumps({"address": running.address}), flush=True)
+    target = make_target(engine, config)
+    costs = [target.engine.cost_ms(rows) for rows in range(1, COST_ROWS + 1)]
+    async with serving(config, target, metrics=notebook) as running:
+        print(json.dumps({"address": running.address, "cost_ms": costs}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
-            if line.strip() == "begin":
+            if json.loads(line)["do"] == "begin":
                 notebook.begin()
             print(json.dumps(notebook.report()), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    asyncio.run(serve(**json.loads(sys.argv[1])))

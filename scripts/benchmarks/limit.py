@@ -1,0 +1,141 @@
+"""The best TPOT that drafting ahead can reach with given speeds: an event simulation without any overhead.
+
+The edge drafts without a pause, each token leaving at once. The verifier takes what is there, holds for more, or
+decodes by itself. What is idealised: messages cost nothing, every duration is exact, and the verifier knows when drafts
+will arrive. `best_tpot_ms` takes the best of many ways to decide; no way of deciding was given to the real verifier.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One answer as measured, durations in ms.
+
+    `right[i]` says whether the draft model proposes token i of the text after its true prefix; `cost_ms` is the
+    duration of a target step by its rows.
+    """
+
+    right: Sequence[bool]
+    draft_ms: float
+    cost_ms: Callable[[int], float]
+    up_ms: float
+    down_ms: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the verifier decides: at most `most_rows` drafts a step; wait for `wanted` of them, if within `hold_ms`."""
+
+    most_drafts: int
+    wanted: int
+    hold_ms: float
+
+
+def best_tpot_ms(answers: Sequence[Measured]) -> float:
+    """Mean TPOT over the answers under the one rule that is best for them."""
+    step_ms = min(answer.cost_ms(1) for answer in answers)
+    return min(sum(tpot_ms(answer, rule) for answer in answers) for rule in _rules(step_ms)) / len(answers)
+
+
+def tpot_ms(answer: Measured, rule: Rule) -> float:
+    """(last - first) / (n - 1) at the user, for two tokens or more."""
+    total = len(answer.right)
+    edge = _Edge(answer)
+    now, committed = 0.0, 1  # the prompt's step commits the first token
+    shown_at = [answer.down_ms]
+    edge.told(answer.down_ms, 1)
+    while committed < total:
+        count = edge.arrived(committed, now)
+        if count < rule.wanted:
+            then = edge.arrives(committed, rule.wanted, now + rule.hold_ms)
+            if then is not None:
+                now, count = then, rule.wanted
+        rows = min(count, rule.most_drafts, total - committed - 1)
+        now += answer.cost_ms(1 + rows)
+        committed += 1 + edge.right_run(committed, rows)
+        edge.told(now + answer.down_ms, committed)
+        shown_at.append(now + answer.down_ms)
+    return (shown_at[-1] - shown_at[0]) / (total - 1)
+
+
+def _rules(step_ms: float) -> Iterator[Rule]:
+    for most, wanted, hold in product((2, 4, 8, 16, 32), (0, 1, 2, 3, 4, 6, 8, 12, 16), (0.1, 0.25, 0.5, 1.0, 2.0)):
+        if wanted <= most and (wanted or hold == 0.1):
+            yield Rule(most, wanted, hold * step_ms)
+
+
+@dataclass
+class _Run:
+    """A stretch of drafting: from `since` until `until` one token after another, the first at position `start`.
+
+    The token at position `wrong` is the first that is not the target's.
+    """
+
+    start: int
+    since: float
+    wrong: int
+    until: float = math.inf
+
+
+class _Edge:
+    """The edge's drafting over time: one run after another, each begun by a commit that the one before it missed."""
+
+    def __init__(self, answer: Measured) -> None:
+        self._answer = answer
+        self._next_wrong = [len(answer.right)] * (len(answer.right) + 1)
+        for index in range(len(answer.right) - 1, -1, -1):
+            self._next_wrong[index] = self._next_wrong[index + 1] if answer.right[index] else index
+        # It has read the prompt by the time the verifier has, and drafts while that is on its way.
+        self._runs = [self._run(0, -answer.up_ms)]
+        self._news: list[tuple[float, int]] = []
+
+    def told(self, at: float, committed: int) -> None:
+        """A commit will arrive."""
+        self._news.append((at, committed))
+
+    def right_run(self, committed: int, rows: int) -> int:
+        """How many of the next `rows` drafts are accepted."""
+        return min(rows, self._next_wrong[committed] - committed)
+
+    def arrived(self, committed: int, now: float) -> int:
+        """Drafts at the verifier that extend the committed tokens."""
+        self._advance(now - self._answer.up_ms)
+        return max((self._count(run, committed, now) for run in self._runs[-2:]), default=0)
+
+    def arrives(self, committed: int, wanted: int, limit: float) -> float | None:
+        """When there will be `wanted` of them, unless that is after `limit`."""
+        self._advance(limit - self._answer.up_ms)
+        times = [
+            run.since + (committed + wanted - run.start) * self._answer.draft_ms
+            for run in self._runs[-2:]
+            if run.start <= committed <= run.wrong
+        ]
+        ends = [run.until for run in self._runs[-2:] if run.start <= committed <= run.wrong]
+        found = [time + self._answer.up_ms for time, end in zip(times, ends, strict=True) if time <= end]
+        return min((time for time in found if time <= limit), default=None)
+
+    def _count(self, run: _Run, committed: int, now: float) -> int:
+        if not run.start <= committed <= run.wrong:
+            return 0
+        drafted_until = min(now - self._answer.up_ms, run.until)
+        drafted = math.floor((drafted_until - run.since) / self._answer.draft_ms + 1e-9)
+        return max(0, run.start + drafted - committed)
+
+    def _advance(self, now: float) -> None:
+        """Let the edge read what has come until now."""
+        while self._news and self._news[0][0] <= now:
+            at, committed = self._news.pop(0)
+            run = self._runs[-1]
+            drafted = run.start + max(0, math.floor((at - run.since) / self._answer.draft_ms + 1e-9))
+            if run.wrong < min(committed, drafted) or drafted < committed:
+                # The token that is being drafted is finished first.
+                since = run.since + math.ceil((at - run.since) / self._answer.draft_ms - 1e-9) * self._answer.draft_ms
+                run.until = at
+                self._runs.append(self._run(committed, max(at, since)))
+
+    def _run(self, start: int, since: float) -> _Run:
+        return _Run(start, since, self._next_wrong[min(start, len(self._next_wrong) - 1)])

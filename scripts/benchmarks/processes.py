@@ -1,0 +1,108 @@
+"""The processes of a benchmark: a verifier on the first core, an edge on the last, asked by lines of JSON."""
+
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+LONGEST_ANSWER_S = 600.0  # a target that is loaded, converted and measured first
+_LINE_BYTES = 1 << 24  # the longest line: a timeline of a long answer
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # before anything is pinned
+
+
+class BenchError(Exception):
+    """Something did not work; one line for a person."""
+
+
+class Child:
+    """A process that says one JSON line when it is ready (`hello`) and one for each line that it is sent."""
+
+    def __init__(self, process: asyncio.subprocess.Process, name: str) -> None:
+        self.hello: dict[str, Any] = {}
+        self._process = process
+        self._name = name
+
+    async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
+        """Send a line, read the answer. Raises `BenchError` where the process has ended."""
+        self.tell(question)
+        return await self.read()
+
+    def tell(self, what: Mapping[str, object]) -> None:
+        """Send a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what).encode() + b"\n")
+
+    async def read(self) -> dict[str, Any]:
+        """The next line. Raises `BenchError` where the process has ended, or has nothing to say for ten minutes."""
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), LONGEST_ANSWER_S)
+        except asyncio.TimeoutError:
+            raise BenchError(f"the {self._name} process does not answer") from None
+        if not line:
+            raise BenchError(f"the {self._name} process has ended; what it said is above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def verifier(engine: str, overrides: Mapping[str, object]) -> AsyncIterator[Child]:
+    """A verifier on the first core while the context lasts; `overrides` are keys of its configuration."""
+    async with _child(
+        "verifier", 0, "benchmarks.verifier_process", {"engine": engine, "overrides": overrides}
+    ) as child:
+        yield child
+
+
+@contextlib.asynccontextmanager
+async def edge(draft: str, overrides: Mapping[str, object]) -> AsyncIterator[Child]:
+    """An edge on the last core while the context lasts; `draft` is a name of `benchmarks.drafts`."""
+    async with _child("edge", -1, "benchmarks.edge_process", {"draft": draft, "overrides": overrides}) as child:
+        yield child
+
+
+@contextlib.asynccontextmanager
+async def _child(name: str, core: Literal[0, -1], module: str, settings: Mapping[str, object]) -> AsyncIterator[Child]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, json.dumps(settings),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, limit=_LINE_BYTES,
+        preexec_fn=lambda: pin(core), env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    child = Child(process, name)
+    try:
+        child.hello = await child.read()
+        yield child
+    finally:
+        if process.returncode is None:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), 10)
+            except asyncio.TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+def pin(which: Literal[0, -1]) -> None:
+    """Keep this process on the first or the last of its cores, where it has two."""
+    if _CORES:
+        os.sched_setaffinity(0, {_CORES[which]})
+
+
+def machine(seed: int, *packages: str) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {name: metadata.version(name) for name in ("outrider", "grpcio", "numpy", *packages)}
+    return {
+        "seed": seed,
+        "machine": f"{len(names) or os.cpu_count()} x {names[0] if names else platform.machine()}",
+        "versions": {"python": platform.python_version(), **versions},
+    }
