@@ -204,19 +204,30 @@ class _Run:
         except Exception as error:  # noqa: BLE001 # a bug: whoever waits for the answer must hear of it, or waits for ever
             self._fail(error)
             return
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        wake_at = self._session.wake_at()
+        if wake_at is None or (self._timer is not None and self._timer.when() <= wake_at):
+            return  # a timer that fires early costs less than one that is set anew for each message
         if self._timer is not None:
             self._timer.cancel()
-        wake_at = self._session.wake_at()
-        if wake_at is not None:
-            delay_s = max(0.0, wake_at - time.monotonic())
-            self._timer = self._loop.call_later(delay_s, self._tick, wake_at)
+        self._timer = self._loop.call_at(wake_at, self._tick, wake_at)
 
     def _tick(self, due_at: float) -> None:
         """The timer fired. If it is late, so is the reading of messages: those that wait come before any judgement."""
         if time.monotonic() - due_at > _LATE_S:
-            self._timer = self._loop.call_later(_LATE_S, self._do, self._session.tick)
+            self._timer = self._loop.call_later(_LATE_S, self._judge)
         else:
+            self._judge()
+
+    def _judge(self) -> None:
+        self._timer = None
+        wake_at = self._session.wake_at()
+        if wake_at is not None and wake_at <= time.monotonic():
             self._do(self._session.tick)
+        elif not self._is_over:
+            self._set_timer()
 
     def _enact(self, effect: EdgeEffect) -> None:
         match effect:

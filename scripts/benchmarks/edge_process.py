@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.drafts import REAL, LoadedSource, load_source
+from benchmarks.processes import run_child
 from benchmarks.timeline import NotingChannel, NotingEngine
 from edge_agent.__main__ import make_policy, make_settings
 from edge_agent.agent import EdgeAgent
@@ -161,4 +162,4 @@ def _say(what: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(**json.loads(sys.argv[1])))
+    run_child(serve(**json.loads(sys.argv[1])))

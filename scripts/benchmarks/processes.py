@@ -7,10 +7,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from shared.config import ConfigError
+from shared.engine import EngineError
 
 LONGEST_ANSWER_S = 600.0  # a target that is loaded, converted and measured first
 _LINE_BYTES = 1 << 24  # the longest line: a timeline of a long answer
@@ -47,7 +50,7 @@ class Child:
         except asyncio.TimeoutError:
             raise BenchError(f"the {self._name} process does not answer") from None
         if not line:
-            raise BenchError(f"the {self._name} process has ended; what it said is above")
+            raise BenchError(f"the {self._name} process has ended; it said why above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -88,6 +91,14 @@ async def _child(name: str, core: Literal[0, -1], module: str, settings: Mapping
             except asyncio.TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+def run_child(serving: Coroutine[Any, Any, None]) -> None:
+    """Run a child's loop; what a user can put right is one line on stderr."""
+    try:
+        asyncio.run(serving)
+    except (ConfigError, EngineError, OSError) as error:
+        sys.exit(f"bench: {' '.join(str(error).split())}")
 
 
 def pin(which: Literal[0, -1]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from benchmarks import emulated
+from benchmarks.processes import run_child
 from cloud_verifier.config import CloudConfig, load_cloud_config
 from cloud_verifier.engines import Target, load_target
 from cloud_verifier.serve import serving
@@ -105,4 +106,4 @@ async def serve(engine: str, overrides: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(**json.loads(sys.argv[1])))
+    run_child(serve(**json.loads(sys.argv[1])))

@@ -6,7 +6,6 @@ fingerprint over a Mersenne prime). Two different prefixes of n tokens collide w
 
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 from shared.core.errors import LocalProtocolError
 
@@ -66,7 +65,7 @@ class TokenLog:
     def match(self, start: int, tokens: Sequence[int]) -> int:
         """How many of `tokens`, laid at position `start`, equal the log before they differ or it ends."""
         common = 0
-        for ours, theirs in zip(islice(self._tokens, start, None), tokens, strict=False):
+        for ours, theirs in zip(self._tokens[start : start + len(tokens)], tokens, strict=False):
             if ours != theirs:
                 break
             common += 1
