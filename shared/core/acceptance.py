@@ -26,19 +26,25 @@ class Acceptance:
 
     def observe(self, matched: int, failed: bool) -> None:
         """Learn from one judged path."""
-        for outcome in (1.0,) * matched + (0.0,) * failed:
-            self._seen = min(self._seen + 1, self.WINDOW_TOKENS)
-            self._rate += (outcome - self._rate) / self._seen
+        rate, seen, most = self._rate, self._seen, self.WINDOW_TOKENS
+        for _ in range(matched):
+            seen = seen + 1 if seen < most else most
+            rate += (1.0 - rate) / seen
+        if failed:
+            seen = seen + 1 if seen < most else most
+            rate -= rate / seen
+        self._rate, self._seen = rate, seen
 
 
 class Calibration:
     """A draft token's confidence turned into the probability that it is accepted, learnt as tokens are judged.
 
     Each of eight ranges of confidence has a smoothed acceptance of its own, drawn towards that of the whole session by
-    the weight of a few observations: a range that was never seen believes the session.
+    the weight of a few observations: a range that was never seen believes the session. For a confidence of one byte
+    `table[confidence >> RANGE_BITS]` is the probability, 0 to 1, as of the last `refresh`.
     """
 
-    __slots__ = ("_overall", "_ranges", "_table")
+    __slots__ = ("_overall", "_ranges", "table")
 
     RANGE_BITS = 5
     _DRAWN_BY = 4.0
@@ -46,27 +52,25 @@ class Calibration:
     def __init__(self) -> None:
         self._overall = Acceptance()
         self._ranges = [(0.0, 0.0)] * (256 >> self.RANGE_BITS)  # (smoothed acceptance, observations)
-        self._table: list[float] | None = None  # until it is asked for
+        self.table = [self._overall.rate] * len(self._ranges)
 
     def __repr__(self) -> str:
         return repr(self._overall)
-
-    @property
-    def table(self) -> list[float]:
-        """For a confidence of one byte `table[confidence >> RANGE_BITS]` is the probability, 0 to 1."""
-        if self._table is None:
-            drawn = self._overall.rate * self._DRAWN_BY
-            self._table = [(rate * seen + drawn) / (seen + self._DRAWN_BY) for rate, seen in self._ranges]
-        return self._table
 
     def observe(self, accepted: bytes, rejected: bytes) -> None:
         """Learn from one judged path: the confidences of the tokens that matched, and of the one that did not."""
         if not accepted and not rejected:
             return
         self._overall.observe(len(accepted), bool(rejected))
-        for outcome, confidences in ((1.0, accepted), (0.0, rejected)):
+        ranges, most = self._ranges, Acceptance.WINDOW_TOKENS
+        for confidences, outcome in ((accepted, 1.0), (rejected, 0.0)):
             for confidence in confidences:
-                rate, seen = self._ranges[confidence >> self.RANGE_BITS]
-                seen = min(seen + 1, Acceptance.WINDOW_TOKENS)
-                self._ranges[confidence >> self.RANGE_BITS] = (rate + (outcome - rate) / seen, seen)
-        self._table = None
+                index = confidence >> self.RANGE_BITS
+                rate, seen = ranges[index]
+                seen = seen + 1 if seen < most else most
+                ranges[index] = (rate + (outcome - rate) / seen, seen)
+
+    def refresh(self) -> None:
+        """Bring `table` up to date; apart from `observe`, so that it can be done while nobody waits."""
+        drawn = self._overall.rate * self._DRAWN_BY
+        self.table = [(rate * seen + drawn) / (seen + self._DRAWN_BY) for rate, seen in self._ranges]

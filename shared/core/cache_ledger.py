@@ -12,7 +12,7 @@ first; then live ones that have been in the cache for the residency time. So ses
 turns: none is evicted at every step, and none waits for ever.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 
@@ -134,21 +134,23 @@ class CacheLedger:
         oldest = next(iter(self._parked.values()), None)
         return None if oldest is None else oldest.since + self._settings.park_timeout_ms / 1000
 
-    def make_room(
-        self, session: CloudSession, num_rows: int, protected: Container[str], now: float, effects: list[CloudEffect]
-    ) -> bool:
+    def make_room(self, session: CloudSession, num_rows: int, now: float, effects: list[CloudEffect]) -> bool:
         """Blocks for a step's rows of a session; what others lose for that is added to `effects`.
 
-        The caches of `protected` stay. False where there is no room; then `room_at` tells when to ask again.
+        Sessions of the step in the making keep their caches. False where there is no room; then `room_at` tells when
+        to ask again.
         """
+        key, length = session.key, session.cached_len + num_rows
+        if key in self._resident_since and self._blocks.resize(key, length):  # as mostly
+            return True
         victims: Iterator[str] | None = None
-        while not self._fits(session.key, session.cached_len + num_rows):
-            victims = victims or self._victims(session.key, protected, now)
+        while not self._fits(key, length):
+            victims = victims or self._victims(key, now)
             victim = next(victims, None)
             if victim is None:
                 return False
             effects += self._evict(victim)
-        self._resident_since.setdefault(session.key, now)
+        self._resident_since.setdefault(key, now)
         return True
 
     def served(self, session: CloudSession) -> None:
@@ -174,12 +176,12 @@ class CacheLedger:
         has_place = key in self._blocks or len(self._blocks) < self._settings.cache_sessions
         return has_place and self._blocks.resize(key, length)
 
-    def _victims(self, key: str, protected: Container[str], now: float) -> Iterator[str]:
+    def _victims(self, key: str, now: float) -> Iterator[str]:
         yield from list(self._parked)
         others = [
             other
             for other in self._live.values()
-            if other.key in self._blocks and other.key != key and other.key not in protected
+            if other.key in self._blocks and other.key != key and not other.is_stepping
         ]
         yield from [other.key for other in others if not other.is_active]
         residency_s = self._settings.residency_ms / 1000

@@ -161,6 +161,7 @@ class CloudSession:
             grafted = Grafted(0, len(draft.tokens), 0)
         else:
             grafted = self._tree.graft(draft)
+            self._calibration.refresh()  # now, not when the next step waits for its plan
         self.stale_tokens += grafted.stale
         return grafted
 
@@ -201,8 +202,22 @@ class CloudSession:
         fed = uncached[:num_rows]
         nodes = self._offered[: num_rows - len(fed)]
         self._offered = []
+        parents, tokens = list(range(-1, len(fed) - 1)), list(fed)
+        for row, node in enumerate(nodes):
+            assert node.parent is not None, "only the root hangs on nothing"
+            node.row = row
+            parents.append(len(fed) + node.parent.row)
+            tokens.append(node.token)
         self._step = _Step(len(fed), nodes, partial, (now - self._ready_at) * 1000)
-        return self._rows(fed, nodes, len(fed) if partial else len(fed) - 1)
+        return Rows(
+            session_id=self.key,
+            start=self.cached_len,
+            tokens=tuple(tokens),
+            parents=tuple(parents),
+            first_selected=len(fed) if partial else len(fed) - 1,
+            sampling=self.opened.sampling,
+            prompt_len=self.opened.prompt_len,
+        )
 
     def stepped(self, selected: tuple[int, ...], verify_ms: float, max_ahead: int, now: float) -> Stepped:
         """The step's selected tokens are here: commit. At most `max_ahead` draft tokens may be pending from now on.
@@ -267,40 +282,19 @@ class CloudSession:
             return Decodes.FREELY
         return Decodes.SPARE if mode is SelfDecode.IDLE else Decodes.NEVER
 
-    def _rows(self, fed: tuple[int, ...], nodes: list[Node], first_selected: int) -> Rows:
-        last_fed = len(fed) - 1
-        parents = list(range(-1, last_fed))
-        if nodes:
-            row_of = {id(node): len(fed) + index for index, node in enumerate(nodes)}
-            parents += [row_of.get(id(node.parent), last_fed) for node in nodes]
-            fed += tuple([node.token for node in nodes])
-        return Rows(
-            session_id=self.key,
-            start=self.cached_len,
-            tokens=fed,
-            parents=tuple(parents),
-            first_selected=first_selected,
-            sampling=self.opened.sampling,
-            prompt_len=self.opened.prompt_len,
-        )
-
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
         """Indices of the accepted nodes, and the tokens that the step commits (up to a stop token)."""
         accepted: list[int] = []
-        tokens = [selected[0]]
-        children = {(id(node.parent), node.token): index for index, node in enumerate(step.nodes)}
-        parent = id(step.nodes[0].parent) if step.nodes else 0  # the first node hangs on the root
-        while tokens[-1] not in self.opened.stop_ids:
-            index = children.get((parent, tokens[-1]))
-            if index is None:
+        tokens, nodes = [selected[0]], step.nodes
+        node = nodes[0].parent if nodes else None  # the first one hangs on the root
+        while node is not None:
+            node = node.children.get(tokens[-1])
+            if node is None or node.row >= len(nodes) or nodes[node.row] is not node:  # it came during the step
                 break
-            accepted.append(index)
-            parent = id(step.nodes[index])
-            tokens.append(selected[1 + index])
-        else:
-            # A stop token ends the text; if it was itself drafted it counts as accepted and nothing follows it.
-            index = children.get((parent, tokens[-1]))
-            accepted.extend([] if index is None else [index])
+            accepted.append(node.row)
+            if node.token in self.opened.stop_ids:  # it ends the text, and nothing follows it
+                break
+            tokens.append(selected[1 + node.row])
         return accepted, tuple(tokens)
 
     def _finish_of(self, last: int) -> Finish:

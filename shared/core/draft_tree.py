@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import accumulate
+from operator import mul
 
 from shared.core.acceptance import Calibration
 from shared.core.messages import Draft
@@ -19,7 +21,10 @@ from shared.core.tokens import TokenLog, next_hash
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One pending draft token. `confidence` is the draft's own probability of it, as a byte."""
+    """One pending draft token. `confidence` is the draft's own probability of it, as a byte.
+
+    `row` is the owner's: the place of the node among those that it takes into a step, -1 for the root.
+    """
 
     token: int
     position: int
@@ -27,6 +32,7 @@ class Node:
     confidence: int
     parent: Node | None = None
     children: dict[int, Node] = field(default_factory=dict)
+    row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class DraftTree:
         self._log = log
         self._nodes: dict[int, Node] = {}  # by prefix hash; the root is not among them
         self._root = Node(-1, len(log) - 1, log.hash_at(len(log)), 255)
+        self._chain: list[Node] | None = []  # the nodes from the root on where none has a sibling, as mostly; else None
+        self._ranges = bytearray()  # of confidence, of the chain's nodes
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -91,15 +99,18 @@ class DraftTree:
             if child is None:
                 siblings = [sibling.confidence for sibling in node.children.values()]
                 self._nodes.clear()
+                self._chain, self._ranges = [], bytearray()
                 self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 255)
                 return Judged(bytes(matched), bytes((max(siblings),)) if siblings else b"")
             matched.append(child.confidence)
             has_siblings |= len(node.children) > 1
             node = child
             del self._nodes[node.prefix_hash]
-        self._root, node.parent = node, None
+        self._root, node.parent, node.row = node, None, -1
         if has_siblings:
             self._prune()
+        elif self._chain is not None:
+            del self._chain[: len(tokens)], self._ranges[: len(tokens)]
         return Judged(bytes(matched), b"")
 
     def best(self, count: int, last_position: int, table: Sequence[float]) -> tuple[list[Node], list[float]]:
@@ -108,26 +119,21 @@ class DraftTree:
         A node is as likely as its parent times what `table` (see `Calibration`) says of its own confidence, so a parent
         comes before its children: DySpec's greedy tree, grown under a budget of nodes.
         """
-        nodes: list[Node] = []
-        worth: list[float] = []
+        if self._chain is not None:
+            nodes = self._chain[: max(min(count, last_position - self._root.position), 0)]
+            return nodes, list(accumulate(map(table.__getitem__, self._ranges[: len(nodes)]), mul))
+        nodes, worth = [], []
         frontier: list[tuple[float, int, Node]] = []  # a heap; the serial number breaks ties by age
         node, path_worth, serial = self._root, 1.0, 0
         while len(nodes) < count:
-            children = node.children
-            if node.position >= last_position:
-                children = {}
-            if len(children) == 1 and not frontier:  # a chain needs no heap
-                (node,) = children.values()
-                path_worth *= table[node.confidence >> Calibration.RANGE_BITS]
-            else:
-                for child in children.values():
+            if node.position < last_position:
+                for child in node.children.values():
                     serial += 1
-                    sure = table[child.confidence >> Calibration.RANGE_BITS]
-                    heappush(frontier, (-path_worth * sure, serial, child))
-                if not frontier:
-                    break
-                lost, _, node = heappop(frontier)
-                path_worth = -lost
+                    heappush(frontier, (-path_worth * table[child.confidence >> Calibration.RANGE_BITS], serial, child))
+            if not frontier:
+                break
+            lost, _, node = heappop(frontier)
+            path_worth = -lost
             nodes.append(node)
             worth.append(path_worth)
         return nodes, worth
@@ -143,15 +149,27 @@ class DraftTree:
                 sure = confidence[index] if confidence else 255
                 child = Node(token, parent.position + 1, prefix_hash, sure, parent)
                 parent.children[token] = self._nodes[prefix_hash] = child
+                self._lengthen_chain(parent, child)
                 added += 1
             parent = child
         return Grafted(added, 0, 0)
 
+    def _lengthen_chain(self, parent: Node, child: Node) -> None:
+        chain = self._chain
+        if chain is not None and parent is (chain[-1] if chain else self._root):
+            chain.append(child)
+            self._ranges.append(child.confidence >> Calibration.RANGE_BITS)
+        else:
+            self._chain = None
+
     def _prune(self) -> None:
-        """Forget what does not hang on the root."""
+        """Forget what does not hang on the root, and see whether the rest is a chain."""
         self._nodes = {}
+        self._chain, self._ranges = [], bytearray()
         waiting = list(self._root.children.values())
         while waiting:
             node = waiting.pop()
             self._nodes[node.prefix_hash] = node
+            assert node.parent is not None, "only the root hangs on nothing"
+            self._lengthen_chain(node.parent, node)
             waiting.extend(node.children.values())

@@ -103,9 +103,9 @@ class Finished:
 EdgeEffect = Send | Connect | Disconnect | Draft | Rollback | Emit | Confirm | Retract | Refused | Finished
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
-    """One session's part of the next target step (`TargetEngine.forward`).
+    """One session's part of the next target step (`TargetEngine.forward`); not frozen: each step makes hundreds.
 
     Row i evaluates `tokens[i]` on top of the cached prefix (`start` tokens) and its ancestors: `parents[i]` is the
     index of its parent row, -1 for the cached prefix itself; a parent precedes its child. So the absolute position of

@@ -133,16 +133,15 @@ class SessionTable:
                 offered.append((session, offer))
         grants = self._policy.allot([offer for _, offer in offered]) if offered else []
         plan = Plan([], [])
-        served: set[str] = set()
         self._room_at = inf
         for (session, offer), num_rows in zip(offered, grants, strict=True):
-            was_evicted = len(session.log) - 1 - session.cached_len != offer.prefill_rows  # to make room for another
-            if not num_rows or was_evicted:
+            if not num_rows:
                 continue
-            if not self.ledger.make_room(session, num_rows, served, now, plan.effects):
+            if plan.effects and len(session.log) - 1 - session.cached_len != offer.prefill_rows:
+                continue  # it was evicted to make room for another
+            if not self.ledger.make_room(session, num_rows, now, plan.effects):
                 self._room_at = min(self._room_at, self.ledger.room_at(session))
                 continue
-            served.add(session.key)
             self._planned.append(session)
             plan.batch.append(session.take(num_rows, now))
         return plan

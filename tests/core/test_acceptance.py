@@ -34,6 +34,8 @@ def test_unseen_confidence_believes_the_session() -> None:
     calibration = Calibration()
     assert calibration.table == [0.8] * 8
     calibration.observe(bytes((255,)), b"")
+    assert calibration.table == [0.8] * 8  # until somebody has time
+    calibration.refresh()
     assert calibration.table[0] == pytest.approx((0.8 * 4 + 1) / 5)  # the session's, which rose
     assert repr(calibration) == "0.84"
 
@@ -41,6 +43,7 @@ def test_unseen_confidence_believes_the_session() -> None:
 def test_range_is_drawn_towards_the_session_by_four_observations() -> None:
     calibration = Calibration()
     calibration.observe(bytes((255, 224)), bytes((31,)))
+    calibration.refresh()
     overall = (0.8 * 4 + 2) / 7
     assert calibration.table[7] == pytest.approx((1.0 * 2 + overall * 4) / 6)
     assert calibration.table[0] == pytest.approx((0.0 * 1 + overall * 4) / 5)
@@ -50,6 +53,7 @@ def test_range_is_drawn_towards_the_session_by_four_observations() -> None:
 def test_ranges_are_told_apart_by_the_upper_bits_of_the_confidence() -> None:
     calibration = Calibration()
     calibration.observe(bytes((63,)), bytes((64,)))
+    calibration.refresh()
     below, above = calibration.table[1], calibration.table[2]
     assert below > calibration.table[0] > above
     assert 63 >> Calibration.RANGE_BITS == 1
@@ -59,6 +63,7 @@ def test_nothing_judged_leaves_the_calibration_alone() -> None:
     calibration = Calibration()
     before = list(calibration.table)
     calibration.observe(b"", b"")
+    calibration.refresh()
     assert calibration.table == before
 
 
@@ -70,6 +75,7 @@ def test_overconfident_draft_is_seen_through() -> None:
         calibration.observe(b"", bytes((255,)))
         calibration.observe(b"", bytes((255,)))
         calibration.observe(bytes((255, 10)), b"")
+    calibration.refresh()
     assert calibration.table[7] == pytest.approx(0.25, abs=0.05)
     assert calibration.table[0] > 0.9
 
@@ -79,4 +85,5 @@ def test_old_observations_of_a_range_fade_after_the_window() -> None:
     calibration.observe(bytes((255,)) * 1_000, b"")
     for _ in range(Acceptance.WINDOW_TOKENS):
         calibration.observe(b"", bytes((255,)))
+    calibration.refresh()
     assert calibration.table[7] < 0.45  # 1,000 old ones against 64 new ones: (1 - 1/64)^64 of them is left

@@ -32,7 +32,7 @@ def served(ledger: CacheLedger, session: CloudSession, now: float = 0.0, num_row
     """A step that evaluates all that is uncached (or so many rows), and commits one token where that is all."""
     effects: list[CloudEffect] = []
     num_rows = num_rows or len(session.log) - session.cached_len
-    assert ledger.make_room(session, num_rows, (), now, effects)
+    assert ledger.make_room(session, num_rows, now, effects)
     assert session.offer(now) is not None
     session.take(num_rows, now)
     session.stepped((9,), 1.0, 8, now)
@@ -212,7 +212,7 @@ def test_room_is_made_by_the_longest_parked_then_the_idle_then_the_resident() ->
     room: list[tuple[int, bool, list[CloudEffect]]] = []
     for num_rows in (16, 32, 48, 64, 80):
         effects: list[CloudEffect] = []
-        room.append((num_rows, ledger.make_room(session, num_rows, (), 1.1, effects), effects))
+        room.append((num_rows, ledger.make_room(session, num_rows, 1.1, effects), effects))
     assert room == [
         (16, True, []),
         (32, True, [Release("me/p")]),
@@ -222,10 +222,13 @@ def test_room_is_made_by_the_longest_parked_then_the_idle_then_the_resident() ->
     ]
     assert ledger.num_evicted == 4
     assert (idle.cached_len, busy.cached_len, late.cached_len) == (0, 0, 2)
-    assert ledger.make_room(session, 96, (), 1.1, []) is False  # me/late has not had its time yet
+    assert ledger.make_room(session, 96, 1.1, []) is False  # me/late has not had its time yet
     assert ledger.room_at(session) == pytest.approx(1.9)
-    assert ledger.make_room(session, 96, ("me/late",), 1.9, []) is False  # it is in the same step
-    assert ledger.make_room(session, 96, (), 1.9, []) is True
+    assert late.offer(1.9) is not None
+    late.take(1, 1.9)
+    assert ledger.make_room(session, 96, 1.9, []) is False  # it is in the same step
+    late.failed()
+    assert ledger.make_room(session, 96, 1.9, []) is True
 
 
 def test_least_recently_served_makes_room_first() -> None:
@@ -260,7 +263,7 @@ def test_place_in_the_engine_is_room_too() -> None:
     fourth, _ = opened(ledger, "me/d", (1, 2))
     assert served(ledger, fourth) == [Release("me/b")]
     assert opened(ledger, "me/e", (1, 2))[1] == []
-    assert ledger.make_room(ledger.live[-1], 1, (), 0.0, []) is False
+    assert ledger.make_room(ledger.live[-1], 1, 0.0, []) is False
 
 
 def test_prefix_is_not_shared_where_the_engine_takes_no_more_sessions() -> None:
@@ -283,9 +286,9 @@ def test_residency_begins_with_the_first_block_and_not_with_each_step() -> None:
     session = running(ledger, "me/a", (1, 2), now=0.0)
     served(ledger, session, now=0.9)
     other, _ = opened(ledger, "me/b", (1, 2), now=0.9)
-    assert ledger.make_room(other, 2, (), 0.9, []) is False
+    assert ledger.make_room(other, 2, 0.9, []) is False
     assert ledger.room_at(other) == pytest.approx(1.0)
-    assert ledger.make_room(other, 2, (), 1.0, []) is True
+    assert ledger.make_room(other, 2, 1.0, []) is True
     assert ledger.room_at(session) == pytest.approx(2.0)
 
 
