@@ -102,6 +102,12 @@ class VerifierServicer(pb_grpc.VerifierServicer):
             description.ClearField("vocabulary_tokens")
         return description
 
+    async def Probe(self, request: pb.ProbeRequest, context: _Context) -> pb.ProbeReply:  # noqa: N802  # gRPC's
+        """As many bytes as were asked for."""
+        if max(len(request.padding), request.reply_bytes) > wire.MAX_PROBE_BYTES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a probe has at most {wire.MAX_PROBE_BYTES} bytes")
+        return pb.ProbeReply(padding=bytes(request.reply_bytes))
+
     async def ListSessions(  # noqa: N802  # gRPC's
         self, request: pb.ListSessionsRequest, context: _Context
     ) -> pb.SessionList:

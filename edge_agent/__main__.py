@@ -6,28 +6,21 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: a lo
 
 import asyncio
 import sys
-import uuid
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from edge_agent.agent import EdgeAgent
-from edge_agent.channel import Channel
 from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
 from edge_agent.display import JsonLines, Screen
-from edge_agent.engines import LoadedDraft, load_draft
-from edge_agent.engines.chat import chat_prompt
+from edge_agent.engines import load_draft
+from edge_agent.setup import make_agent, make_request
 from shared.config import ConfigError
 from shared.core.effects import Finished, Refused
-from shared.core.link import LinkSettings
-from shared.core.messages import Want
-from shared.core.policies import DraftPolicy
-from shared.core.settings import EdgeSettings, OnDisconnect, Request
+from shared.core.settings import OnDisconnect
 from shared.engine import EngineError
 from shared.logs import configure_logs
-from shared.policy.run_ahead import RunAhead, StopAndWait
 from shared.runtimes.hub import resolve_model
 
 app = typer.Typer(
@@ -84,6 +77,31 @@ def _read_prompt(argument: str) -> str:
     return text
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="YAML file; `edge-agent config` prints one.")] = None,
+    verifier: Annotated[str | None, typer.Option(help="Address of the verifier, host:port.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text of your own to try, instead of ours; again for more.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check the settings, models and link; say what to expect, and what to change. About half a minute."""
+    from edge_agent.doctor import examine, failed_configuration
+    from edge_agent.doctor_report import show_diagnosis
+
+    try:
+        settings = load_edge_config(config, environ=os.environ, overrides={"verifier.address": verifier})
+    except ConfigError as error:
+        diagnosis = failed_configuration(error)
+    else:
+        configure_logs("error", settings.log.format)
+        with Console(stderr=True).status("examining"):
+            diagnosis = asyncio.run(examine(settings, prompt or ()))
+    show_diagnosis(diagnosis, as_json)
+    raise typer.Exit(0 if diagnosis.is_sound else EXIT_MISTAKE)
+
+
 async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -> int:
     path = resolve_model(config.draft.model, "draft.model")
     with Console(stderr=True).status(f"loading {path.name}"):
@@ -111,62 +129,6 @@ async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -
         if complaint:  # not before: it would stand in the middle of a line of text
             _complain(complaint)
     return code
-
-
-def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Request:
-    """The prompt as tokens, with everything that fixes the text. Raises `EngineError` where it does not fit."""
-    model, generation = loaded.model, config.generation
-    if generation.chat:
-        system = [{"role": "system", "content": generation.system_prompt}] if generation.system_prompt else []
-        tokens = chat_prompt(model, [*system, {"role": "user", "content": prompt}])
-    else:
-        tokens = model.tokenize(prompt, add_special=True)
-    room = loaded.engine.capabilities.max_context
-    if not tokens or len(tokens) >= room:
-        what = (
-            f"the prompt has {len(tokens)} tokens, the draft's context {room}; shorten it or raise draft.context_tokens"
-        )
-        raise EngineError(what if tokens else "the prompt is empty")
-    return Request(
-        session_id=uuid.uuid4().hex[:16],
-        prompt=tuple(tokens),
-        max_new_tokens=generation.max_new_tokens,
-        vocabulary=loaded.engine.fingerprint,
-        sampling=config.sampling.to_sampling(),
-        stop_ids=model.eog_ids,
-        want=Want.SPECULATE if config.speculation.enabled else Want.STREAM,
-    )
-
-
-def make_settings(config: EdgeConfig, offline: bool = False) -> EdgeSettings:
-    """How a session treats its link, by these settings."""
-    link = config.link
-    return EdgeSettings(
-        link=LinkSettings(max_stall_ms=link.max_stall_ms, heartbeat_ms=link.heartbeat_ms),
-        patience_ms=link.patience_ms,
-        connect_timeout_ms=link.connect_timeout_ms,
-        backoff_initial_ms=link.backoff_initial_ms,
-        backoff_max_ms=link.backoff_max_ms,
-        on_disconnect=link.on_disconnect,
-        on_reconnect=link.on_reconnect,
-        offline=offline,
-    )
-
-
-def make_policy(config: EdgeConfig) -> DraftPolicy:
-    """How far to draft ahead, by these settings."""
-    speculation = config.speculation
-    if speculation.run_ahead:
-        return RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms)
-    return StopAndWait(speculation.draft_tokens)
-
-
-def make_agent(config: EdgeConfig, loaded: LoadedDraft, offline: bool = False) -> EdgeAgent:
-    """The agent that these settings describe, ready to answer; nothing is dialled yet."""
-    token = config.verifier.token
-    channel = Channel(config.verifier, token.get_secret_value() if token else None)
-    settings, policy = make_settings(config, offline), make_policy(config)
-    return EdgeAgent(loaded.engine, loaded.model.vocabulary, channel, settings, policy)
 
 
 def _complain(what: str) -> None:

@@ -154,6 +154,14 @@ class Channel:
         reply = await stub.Describe(request, metadata=self._metadata, timeout=_DESCRIBE_TIMEOUT_S)
         return wire.description_from_wire(reply)
 
+    async def probe(self, up_bytes: int, down_bytes: int, timeout_s: float) -> None:
+        """Send so many bytes and wait for so many, each at most `wire.MAX_PROBE_BYTES`.
+
+        Raises `grpc.aio.AioRpcError`, and `ConnectionError` where there is no verifier.
+        """
+        request = pb.ProbeRequest(padding=bytes(up_bytes), reply_bytes=down_bytes)
+        await _stub(await self._ready(fresh=False)).Probe(request, metadata=self._metadata, timeout=timeout_s)
+
     async def _run(self, stream: int, fresh: bool, outbox: _Outbox, listener: Listener) -> None:
         call = writing = None
         try:

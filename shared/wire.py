@@ -3,8 +3,8 @@
 `*_to_wire` trusts its argument: a number that does not fit its field is a bug here, and protobuf raises `ValueError`.
 `*_from_wire` trusts nothing: whatever breaks `protos/outrider/v1/speculation.proto` raises `RemoteProtocolError` with a
 one-line reason. Both ways together give an equal message, except that `queue_ms` and `verify_ms` are rounded to whole
-milliseconds, and `draft_ms` and the floats of a `SessionStatus` to float32. The enums of `shared.core.messages` have
-the numbers of their protobuf twins.
+milliseconds, and `draft_ms`, `step_ms` and the floats of a `SessionStatus` to float32. The enums of
+`shared.core.messages` have the numbers of their protobuf twins.
 """
 
 import math
@@ -38,6 +38,7 @@ MAX_DRAFT_TOKENS = 4096
 MAX_STOP_IDS = 4096
 MAX_SESSION_ID_CHARS = 128
 MAX_DIGEST_BYTES = 64
+MAX_PROBE_BYTES = 1 << 16
 _INT_LIMIT = 1 << 31  # token ids, positions and lengths fit engines' and numpy's int32
 _HASH_LIMIT = (1 << 61) - 1
 
@@ -48,7 +49,10 @@ _E = TypeVar("_E", bound=Enum)
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a verifier serves. `vocabulary_tokens` is empty unless asked for, else the bytes of each id in order."""
+    """What a verifier serves. `vocabulary_tokens` is empty unless asked for, else the bytes of each id in order.
+
+    `step_ms[i]` is the expected time of a step of i + 1 rows, ms; a verifier may leave it out.
+    """
 
     model: str
     vocabulary: Fingerprint
@@ -58,6 +62,7 @@ class Description:
     max_sessions: int
     max_pending_tokens: int
     vocabulary_tokens: tuple[bytes, ...] = ()
+    step_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ def description_to_wire(description: Description) -> pb.Description:
         max_sessions=description.max_sessions,
         max_pending_tokens=description.max_pending_tokens,
         vocabulary_tokens=description.vocabulary_tokens,
+        step_ms=description.step_ms,
     )
 
 
@@ -166,6 +172,8 @@ def description_from_wire(wire: pb.Description) -> Description:
         raise RemoteProtocolError(
             f"Description has {len(wire.vocabulary_tokens)} vocabulary_tokens for a vocabulary of {vocabulary.size}"
         )
+    if not all(0 < step_ms < math.inf for step_ms in wire.step_ms):
+        raise RemoteProtocolError(f"Description.step_ms is {list(wire.step_ms)}, not durations")
     return Description(
         model=wire.model,
         vocabulary=vocabulary,
@@ -175,6 +183,7 @@ def description_from_wire(wire: pb.Description) -> Description:
         max_sessions=wire.max_sessions,
         max_pending_tokens=wire.max_pending_tokens,
         vocabulary_tokens=tuple(wire.vocabulary_tokens),
+        step_ms=tuple(wire.step_ms),
     )
 
 

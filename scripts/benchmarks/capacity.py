@@ -12,8 +12,8 @@ from typing import Any, Literal
 from benchmarks import emulated
 from benchmarks.fleet import FleetEdge
 from benchmarks.processes import BenchError, Child, machine, pin, verifier
-from edge_agent.__main__ import make_policy, make_settings
 from edge_agent.config import EdgeConfig, load_edge_config
+from edge_agent.setup import make_policy, make_settings
 from shared.core.messages import Fingerprint, Sampling, Want
 from shared.core.settings import Request
 from shared.testing.recorded import RecordedDraft, Recording

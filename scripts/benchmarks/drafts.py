@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_agent.__main__ import make_request
 from edge_agent.config import EdgeConfig
 from edge_agent.engines import load_draft
+from edge_agent.setup import make_request
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.settings import Request
 from shared.engine import Capabilities, DraftEngine, Proposal

@@ -16,16 +16,16 @@ import os
 import sys
 import time
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 from benchmarks.drafts import REAL, LoadedSource, load_source
 from benchmarks.processes import run_child
 from benchmarks.timeline import NotingChannel, NotingEngine
-from edge_agent.__main__ import make_policy, make_settings
 from edge_agent.agent import EdgeAgent
 from edge_agent.channel import Channel
 from edge_agent.config import EdgeConfig, load_edge_config
+from edge_agent.doctor import right_drafts
+from edge_agent.setup import make_policy, make_settings
 from shared.core.effects import Confirm, Emit, Finished, Refused, Retract
 from shared.core.messages import Want
 from shared.logs import configure_logs
@@ -87,20 +87,9 @@ class Edge:
 
     def pattern(self, question: _Question) -> dict[str, Any]:
         """See the module."""
-        engine, request = self._source.engine, self._source.request(question["question"])
-        engine.reset(request.prompt, request.sampling, len(request.prompt))
-        engine.propose(1)  # reads the prompt
-        engine.rollback(len(request.prompt))
-        right, took_ms = list[bool](), list[float]()
-        for position, token in enumerate(question["tokens"], start=len(request.prompt)):
-            began = time.perf_counter()
-            proposed = engine.propose(1).tokens
-            took_ms.append((time.perf_counter() - began) * 1000)
-            right.append(proposed == (token,))
-            if not right[-1]:
-                engine.rollback(position)
-                engine.extend((token,))
-        return {"right": right, "draft_ms": median(took_ms)}
+        request = self._source.request(question["question"])
+        right, draft_ms = right_drafts(self._source.engine, request, question["tokens"])
+        return {"right": right, "draft_ms": draft_ms}
 
     def _agent(self, question: _Question) -> EdgeAgent:
         key = (question["way"], question.get("k", 0), question["address"])

@@ -191,7 +191,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, include_vocabulary: bool = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("model", "vocabulary", "context_length", "dtype", "engine", "max_sessions", "max_pending_tokens", "vocabulary_tokens")
+    __slots__ = ("model", "vocabulary", "context_length", "dtype", "engine", "max_sessions", "max_pending_tokens", "vocabulary_tokens", "step_ms")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class Description(_message.Message):
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
     model: str
     vocabulary: Fingerprint
     context_length: int
@@ -208,7 +209,22 @@ class Description(_message.Message):
     max_sessions: int
     max_pending_tokens: int
     vocabulary_tokens: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, model: _Optional[str] = ..., vocabulary: _Optional[_Union[Fingerprint, _Mapping]] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_pending_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    step_ms: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, model: _Optional[str] = ..., vocabulary: _Optional[_Union[Fingerprint, _Mapping]] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., max_sessions: _Optional[int] = ..., max_pending_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[_Iterable[bytes]] = ..., step_ms: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("padding", "reply_bytes")
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    padding: bytes
+    reply_bytes: int
+    def __init__(self, padding: _Optional[bytes] = ..., reply_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeReply(_message.Message):
+    __slots__ = ("padding",)
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    padding: bytes
+    def __init__(self, padding: _Optional[bytes] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
     __slots__ = ()

@@ -45,6 +45,11 @@ class VerifierStub(object):
                 request_serializer=shared_dot_pb_dot_speculation__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=shared_dot_pb_dot_speculation__pb2.Description.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/outrider.v1.Verifier/Probe',
+                request_serializer=shared_dot_pb_dot_speculation__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_speculation__pb2.ProbeReply.FromString,
+                _registered_method=True)
         self.ListSessions = channel.unary_unary(
                 '/outrider.v1.Verifier/ListSessions',
                 request_serializer=shared_dot_pb_dot_speculation__pb2.ListSessionsRequest.SerializeToString,
@@ -71,6 +76,13 @@ class VerifierServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """Bytes there and back, for an edge that measures its link: round trip, and rate each way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListSessions(self, request, context):
         """Who is being served, for operators. A caller is told of the sessions of its own identity; whoever shows the server's
         own certificate runs it and is told of all.
@@ -91,6 +103,11 @@ def add_VerifierServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=shared_dot_pb_dot_speculation__pb2.DescribeRequest.FromString,
                     response_serializer=shared_dot_pb_dot_speculation__pb2.Description.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=shared_dot_pb_dot_speculation__pb2.ProbeRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_speculation__pb2.ProbeReply.SerializeToString,
             ),
             'ListSessions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSessions,
@@ -153,6 +170,33 @@ class Verifier(object):
             '/outrider.v1.Verifier/Describe',
             shared_dot_pb_dot_speculation__pb2.DescribeRequest.SerializeToString,
             shared_dot_pb_dot_speculation__pb2.Description.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/outrider.v1.Verifier/Probe',
+            shared_dot_pb_dot_speculation__pb2.ProbeRequest.SerializeToString,
+            shared_dot_pb_dot_speculation__pb2.ProbeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ from edge_agent import __main__ as cli
 from edge_agent.agent import EdgeAgent, Event
 from edge_agent.config import DraftConfig, load_edge_config
 from edge_agent.engines import LoadedDraft, load_draft
+from edge_agent.setup import make_request
 from shared.core.effects import Finished, Refused
 from shared.core.messages import Finish, Want
 from shared.core.settings import Request
@@ -195,7 +196,7 @@ class TestRequest:
             "sampling.temperature": 0.5,
             "speculation.enabled": False,
         }
-        request = cli.make_request(load_edge_config(environ={}, overrides=overrides), toy(), "abc")
+        request = make_request(load_edge_config(environ={}, overrides=overrides), toy(), "abc")
         assert request.prompt == (97, 98, 99)
         assert (request.max_new_tokens, request.sampling.temperature, request.want) == (7, 0.5, Want.STREAM)
         assert request.stop_ids == {0}
@@ -206,11 +207,11 @@ class TestRequest:
     def test_a_prompt_that_does_not_fit(self, prompt: str, said: str) -> None:
         config = load_edge_config(environ={}, overrides={"generation.chat": False})
         with pytest.raises(EngineError, match=said):
-            cli.make_request(config, toy(), prompt)
+            make_request(config, toy(), prompt)
 
     def test_sessions_have_names_of_their_own(self) -> None:
         config = load_edge_config(environ={}, overrides={"generation.chat": False})
-        assert len({cli.make_request(config, toy(), "a").session_id for _ in range(10)}) == 10
+        assert len({make_request(config, toy(), "a").session_id for _ in range(10)}) == 10
 
 
 INTERRUPTED = """

@@ -145,7 +145,19 @@ def test_commit_comes_back_with_whole_milliseconds(commit: Commit) -> None:
 
 
 @untimed
-@given(st.builds(Description, st.text(), FINGERPRINT, st.integers(1, 2**31 - 1), st.text(), st.text(), INT, INT))
+@given(
+    st.builds(
+        Description,
+        st.text(),
+        FINGERPRINT,
+        st.integers(1, 2**31 - 1),
+        st.text(),
+        st.text(),
+        INT,
+        INT,
+        step_ms=st.lists(FLOAT32.filter(bool), max_size=3).map(tuple),
+    )
+)
 def test_description_comes_back_equal(description: Description) -> None:
     encoded = wire.description_to_wire(description).SerializeToString()
     assert wire.description_from_wire(pb.Description.FromString(encoded)) == description
@@ -325,6 +337,7 @@ def test_malformed_cloud_message_is_refused(message: pb.Commit | pb.Heartbeat | 
         ({"vocabulary": None}, "vocabulary.digest"),
         ({"context_length": 0}, "context_length is 0"),
         ({"vocabulary_tokens": [b"a"]}, "1 vocabulary_tokens for a vocabulary of 2"),
+        ({"step_ms": [30.0, 0.0]}, r"step_ms is \[30.0, 0.0\], not durations"),
     ],
 )
 def test_malformed_description_is_refused(changes: dict[str, object], reason: str) -> None:

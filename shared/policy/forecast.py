@@ -1,14 +1,17 @@
-"""The best TPOT that drafting ahead can reach with given speeds: an event simulation without any overhead.
+"""What time per token drafting ahead gives at given speeds: an event simulation of one answer, without any overhead.
 
 The edge drafts without a pause, each token leaving at once. The verifier takes what is there, holds for more, or
-decodes by itself. What is idealised: messages cost nothing, every duration is exact, and the verifier knows when drafts
-will arrive. `best_tpot_ms` takes the best of many ways to decide; no way of deciding was given to the real verifier.
+decodes by itself, by a `Rule`. What is idealised: messages cost nothing, every duration is exact, and the verifier
+knows when drafts will arrive. So `best_tpot_ms`, the best of many rules, is a limit that no real verifier beats by
+much. `TAKE_ALL`, which never holds, gives a forecast of the runtime once it is scaled by what was measured.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+
+LONGEST_RTT_MS = 2000.0
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the verifier decides: at most `most_rows` drafts a step; wait for `wanted` of them, if within `hold_ms`."""
+    """How the verifier decides: at most `most_drafts` a step; wait for `wanted` of them, if within `hold_ms`."""
 
     most_drafts: int
     wanted: int
     hold_ms: float
+
+
+TAKE_ALL = Rule(most_drafts=16, wanted=0, hold_ms=0.0)
 
 
 def best_tpot_ms(answers: Sequence[Measured]) -> float:
@@ -60,6 +66,20 @@ def tpot_ms(answer: Measured, rule: Rule) -> float:
         edge.told(now + answer.down_ms, committed)
         shown_at.append(now + answer.down_ms)
     return (shown_at[-1] - shown_at[0]) / (total - 1)
+
+
+def paying_rtt_ms(tpot_at: Callable[[float], float], enough_ms: float) -> float:
+    """The longest round trip, up to `LONGEST_RTT_MS`, at which TPOT is no more than `enough_ms`; 0 where none is.
+
+    `tpot_at` gives the TPOT by the round trip; on the whole it must not fall.
+    """
+    low, high = 0.0, LONGEST_RTT_MS
+    if tpot_at(high) <= enough_ms:
+        return high
+    while high - low > 1.0:
+        middle = (low + high) / 2
+        low, high = (middle, high) if tpot_at(middle) <= enough_ms else (low, middle)
+    return round(low)
 
 
 def _rules(step_ms: float) -> Iterator[Rule]:

@@ -1,0 +1,289 @@
+"""`edge-agent doctor`: is everything in place, what will an answer be like, and which setting to change.
+
+The checks build on one another; one that cannot be made is left out. Measured are the link (`link_probe`) and short
+answers to a few texts: cloud-only, speculative and local. What is expected at other round trips is the event simulation
+of `shared.policy.forecast`, scaled to the speculative answers that were really given.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import grpc
+
+from edge_agent.advice import Advice, advise
+from edge_agent.agent import EdgeAgent
+from edge_agent.channel import Channel
+from edge_agent.config import EdgeConfig
+from edge_agent.engines import LoadedDraft, load_draft
+from edge_agent.link_probe import LinkMeasured, measure_link
+from edge_agent.setup import make_agent, make_request
+from shared.config import ConfigError
+from shared.core.effects import Emit, Finished, Refused
+from shared.core.errors import RemoteProtocolError
+from shared.core.messages import Want
+from shared.core.settings import Request
+from shared.engine import DraftEngine, EngineError
+from shared.policy.forecast import TAKE_ALL, Measured, paying_rtt_ms, tpot_ms
+from shared.runtimes.hub import resolve_model
+from shared.vocabulary import Vocabulary, describe_mismatch
+from shared.wire import Description
+
+TEXTS = (
+    "Tell me a story about a lighthouse keeper who finds a message in a bottle.",
+    "A farmer has 17 sheep and all but 9 run away. How many are left? Explain step by step.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "Why is the sky blue during the day and red in the evening?",
+)
+_PROBE_TOKENS = 48
+_FEWEST_TOKENS = 8  # of an answer that says something about its speed
+_WORTHWHILE = 1.1  # drafting pays where it is faster by this factor
+_UNREACHABLE = (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `to_do` is for one that failed."""
+
+    name: str
+    is_ok: bool
+    found: str
+    to_do: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an answer will be like: ms a token of each way, None where it was not tried.
+
+    `paying_rtt_ms`: the longest round trip at which drafting is worth it; 0: none, None: unknown.
+    """
+
+    local_tpot_ms: float
+    cloud_only_tpot_ms: float | None = None
+    speculative_tpot_ms: float | None = None
+    acceptance_rate: float | None = None
+    paying_rtt_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything that was found."""
+
+    checks: tuple[Check, ...]
+    link: LinkMeasured | None = None
+    draft_ms: float | None = None
+    step_ms: tuple[float, ...] = ()
+    expected: Expected | None = None
+    advice: tuple[Advice, ...] = ()
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.is_ok for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One text answered in every way; `right` says at which of its positions the draft model was right."""
+
+    way_tpot_ms: dict[str, float]
+    verify_ms: float
+    right: list[bool]
+    draft_ms: float
+
+
+def failed_configuration(error: ConfigError) -> Diagnosis:
+    """The settings could not even be read."""
+    to_do = "correct it; `edge-agent config` prints every setting with its meaning"
+    return Diagnosis((Check("configuration", False, str(error), to_do),))
+
+
+async def examine(config: EdgeConfig, texts: Sequence[str]) -> Diagnosis:
+    """Check everything, in about half a minute. Without `texts` some of our own are tried."""
+    checks = [Check("configuration", True, f"draft {config.draft.model}, verifier {config.verifier.address}")]
+    loaded = _load(config, checks)
+    description, link = await _reach(config, checks)
+    try:
+        if loaded is None:
+            return Diagnosis(tuple(checks), link)
+        if description is not None and not _same_vocabulary(loaded, description, checks):
+            description = None
+        return await _try(config, loaded, description, link, texts or TEXTS, checks)
+    finally:
+        if loaded is not None:
+            loaded.engine.close()
+
+
+def _load(config: EdgeConfig, checks: list[Check]) -> LoadedDraft | None:
+    try:
+        path = resolve_model(config.draft.model, "draft.model")
+        began = time.perf_counter()
+        loaded = load_draft(config.draft, path)
+    except (ConfigError, EngineError, OSError) as error:
+        checks.append(Check("draft model", False, str(error), "set draft.model (and draft.engine) to one that loads"))
+        return None
+    took_s = time.perf_counter() - began
+    context = loaded.engine.capabilities.max_context
+    checks.append(Check("draft model", True, f"{path.name} loads in {took_s:.1f} s, context of {context} tokens"))
+    return loaded
+
+
+async def _reach(config: EdgeConfig, checks: list[Check]) -> tuple[Description | None, LinkMeasured | None]:
+    token = config.verifier.token
+    channel = Channel(config.verifier, token.get_secret_value() if token else None)
+    try:
+        description = await channel.describe()
+        link = await measure_link(channel)
+    except _UNREACHABLE as error:
+        said = error.details() or error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
+        to_do = "start it (cloud-verifier serve), or correct verifier.address, verifier.token and verifier.tls"
+        checks.append(Check("verifier", False, " ".join(said.split()), to_do))
+        return None, None
+    finally:
+        await channel.close()
+    what = f"{description.model} in {description.dtype} on {description.engine}"
+    checks.append(Check("verifier", True, f"{what}, context of {description.context_length} tokens"))
+    checks.append(Check("link", True, _in_words(link)))
+    return description, link
+
+
+def _in_words(link: LinkMeasured) -> str:
+    rates = [
+        f"{way} {'too fast to tell' if kbps is None else f'{kbps:.0f} kbit/s'}"
+        for way, kbps in (("up", link.up_kbps), ("down", link.down_kbps))
+    ]
+    return f"round trip {link.rtt_ms:.1f} ms, jitter {link.jitter_ms:.1f} ms, {', '.join(rates)}"
+
+
+def _same_vocabulary(loaded: LoadedDraft, description: Description, checks: list[Check]) -> bool:
+    same = loaded.engine.fingerprint == description.vocabulary
+    if same:
+        checks.append(Check("vocabulary", True, f"the same {description.vocabulary.size} tokens on both sides"))
+    else:
+        named = describe_mismatch(loaded.model.vocabulary, Vocabulary(description.vocabulary_tokens))
+        to_do = "set draft.model to a model of the verifier's family, or target.model of the verifier to this one's"
+        checks.append(Check("vocabulary", False, named or "draft and target have different vocabularies", to_do))
+    return same
+
+
+async def _try(
+    config: EdgeConfig,
+    loaded: LoadedDraft,
+    description: Description | None,
+    link: LinkMeasured | None,
+    texts: Sequence[str],
+    checks: list[Check],
+) -> Diagnosis:
+    ways = ["local"] if description is None else ["cloud_only", "speculative", "local"]
+    agents = {way: make_agent(config, loaded, offline=way == "local") for way in ways}
+    tried = []
+    try:
+        for text in texts:
+            request = replace(make_request(config, loaded, text), max_new_tokens=_PROBE_TOKENS)
+            tried.append(await _answer_every_way(agents, loaded.engine, request))
+    except EngineError as error:
+        checks.append(Check("answers", False, str(error), "give a shorter --prompt, or look at the verifier's log"))
+        return Diagnosis(tuple(checks), link)
+    finally:
+        for agent in agents.values():
+            await agent.close(keep_engine=True)
+    long_enough = [one for one in tried if len(one.right) >= _FEWEST_TOKENS] or tried
+    draft_ms = median(one.draft_ms for one in long_enough)
+    checks.append(Check("draft speed", True, f"{draft_ms:.1f} ms a token"))
+    if description is None or link is None:
+        expected = Expected(local_tpot_ms=_mean(long_enough, "local"))
+        return Diagnosis(tuple(checks), link, draft_ms, (), expected)
+    expected, step_ms = expect(long_enough, description.step_ms, link.rtt_ms)
+    costs = "/".join(f"{step_ms[min(rows, len(step_ms)) - 1]:.0f}" for rows in (1, 8, 16))
+    checks.append(Check("target speed", True, f"a step of 1/8/16 rows takes {costs} ms"))
+    checks.append(Check("acceptance", True, f"the draft is right for {expected.acceptance_rate:.0%} of the tokens"))
+    advice = advise(config, link, draft_ms, step_ms[0], _gain(expected), os.cpu_count() or 1)
+    return Diagnosis(tuple(checks), link, draft_ms, step_ms, expected, advice)
+
+
+async def _answer_every_way(agents: dict[str, EdgeAgent], engine: DraftEngine, request: Request) -> Tried:
+    """Raises `EngineError` where an answer did not come as it should."""
+    tpots, text, verify_ms = dict[str, float](), list[int](), 0.0
+    for way, agent in agents.items():
+        tokens, complaint = list[int](), ""
+        want = Want.STREAM if way == "cloud_only" else Want.SPECULATE
+        async for event in agent.answer(replace(request, session_id=f"{request.session_id}-{way}", want=want)):
+            match event:
+                case Emit():
+                    tokens += event.tokens
+                case Refused(detail=detail):
+                    complaint = detail
+                case Finished():
+                    complaint = complaint or event.error
+                case _:
+                    pass
+        report = agent.report()
+        if complaint or (way != "local" and report["local_tokens"]):
+            raise EngineError(f"{way}: {complaint or 'the link stalled during the answer'}")
+        tpots[way] = float(str(report["tpot_ms"]))
+        if way == "cloud_only":
+            verify_ms = float(str(report["mean_verify_ms"]))
+        text = text or tokens
+    right, draft_ms = right_drafts(engine, request, text)
+    return Tried(tpots, verify_ms, right, draft_ms)
+
+
+def right_drafts(engine: DraftEngine, request: Request, tokens: Sequence[int]) -> tuple[list[bool], float]:
+    """At which positions of this text the draft model proposes its token, and its time for one, ms."""
+    prompt_len = len(request.prompt)
+    engine.reset(request.prompt, request.sampling, prompt_len)
+    engine.propose(1)  # reads the prompt
+    engine.rollback(prompt_len)
+    right, took_ms = list[bool](), list[float]()
+    for position, token in enumerate(tokens, start=prompt_len):
+        began = time.perf_counter()
+        proposed = engine.propose(1).tokens
+        took_ms.append((time.perf_counter() - began) * 1000)
+        right.append(proposed == (token,))
+        if not right[-1]:
+            engine.rollback(position)
+            engine.extend((token,))
+    return right, median(took_ms)
+
+
+def expect(tried: Sequence[Tried], step_ms: Sequence[float], rtt_ms: float) -> tuple[Expected, tuple[float, ...]]:
+    """What follows from the texts that were tried at this round trip; and the cost of a step as it was in them.
+
+    `step_ms` is the verifier's own cost curve; only its shape is used. Without one a step of any size costs the same.
+    """
+    first = median(one.verify_ms for one in tried)
+    scaled = tuple(first * cost / step_ms[0] for cost in step_ms) or (first,)
+    cloud_only, speculative = _mean(tried, "cloud_only"), _mean(tried, "speculative")
+
+    def forecast(rtt: float) -> float:
+        return sum(tpot_ms(_measured(one, scaled, rtt), TAKE_ALL) for one in tried) / len(tried)
+
+    overhead = speculative / forecast(rtt_ms)
+    right = [value for one in tried for value in one.right]
+    expected = Expected(
+        local_tpot_ms=_mean(tried, "local"),
+        cloud_only_tpot_ms=cloud_only,
+        speculative_tpot_ms=speculative,
+        acceptance_rate=sum(right) / len(right),
+        paying_rtt_ms=paying_rtt_ms(lambda rtt: forecast(rtt) * overhead, cloud_only / _WORTHWHILE),
+    )
+    return expected, scaled
+
+
+def _measured(one: Tried, step_ms: Sequence[float], rtt_ms: float) -> Measured:
+    def cost_ms(rows: int) -> float:
+        return step_ms[min(rows, len(step_ms)) - 1]
+
+    return Measured(one.right, one.draft_ms, cost_ms, rtt_ms / 2, rtt_ms / 2)
+
+
+def _mean(tried: Sequence[Tried], way: str) -> float:
+    return sum(one.way_tpot_ms[way] for one in tried) / len(tried)
+
+
+def _gain(expected: Expected) -> float:
+    assert expected.cloud_only_tpot_ms is not None
+    assert expected.speculative_tpot_ms is not None
+    return expected.cloud_only_tpot_ms / expected.speculative_tpot_ms / _WORTHWHILE

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
+from shared.policy.forecast import LONGEST_RTT_MS, TAKE_ALL, Measured, Rule, best_tpot_ms, paying_rtt_ms, tpot_ms
+
+
+def linear(step_ms: float) -> Callable[[int], float]:
+    """A cost curve that rises by 3 % a row."""
+    return lambda rows: step_ms * (1 + 0.03 * (rows - 1))
+
+
+def answers(acceptance: float, step_ms: float, rtt_ms: float, draft_ms: float = 5.0) -> list[Measured]:
+    chance = Random(1)
+    return [
+        Measured([chance.random() < acceptance for _ in range(200)], draft_ms, linear(step_ms), rtt_ms / 2, rtt_ms / 2)
+        for _ in range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "rtt_ms", "acceptance", "known_ms"),
+    [(30, 50, 0.6, 26.8), (30, 50, 0.8, 19.1), (30, 50, 0.9, 13.3), (30, 200, 0.8, 26.4), (60, 100, 0.9, 21.2)],
+)
+def test_agrees_with_another_simulation_of_the_same(
+    step_ms: float, rtt_ms: float, acceptance: float, known_ms: float
+) -> None:
+    tried = answers(acceptance, step_ms, rtt_ms)
+    take_all = Rule(most_drafts=32, wanted=0, hold_ms=0.0)
+    assert sum(tpot_ms(one, take_all) for one in tried) / len(tried) == pytest.approx(known_ms, rel=0.1)
+    assert best_tpot_ms(tried) == pytest.approx(known_ms, rel=0.1)
+
+
+def test_garbage_costs_nothing_where_no_draft_is_taken_and_little_elsewhere() -> None:
+    tried = answers(0.0, 30.0, 50.0)
+    assert tpot_ms(tried[0], Rule(0, 0, 0.0)) == pytest.approx(30.0)
+    assert best_tpot_ms(tried) <= tpot_ms(tried[0], TAKE_ALL) <= 30.0 * 1.5
+
+
+def test_perfect_drafts_on_no_link_are_as_fast_as_the_draft() -> None:
+    assert best_tpot_ms(answers(1.0, 30.0, 0.0)) == pytest.approx(5.0, rel=0.05)
+
+
+def test_a_wrong_token_is_paid_with_a_round_trip_and_the_steps_around_it() -> None:
+    right = [True] * 50 + [False] + [True] * 50
+    flawless, flawed = (
+        tpot_ms(Measured(pattern, 5.0, linear(30.0), 100.0, 100.0), TAKE_ALL) for pattern in ([True] * 101, right)
+    )
+    assert flawed * 100 - flawless * 100 == pytest.approx(250.0, abs=50.0)
+
+
+def test_holding_pays_where_the_draft_is_fast_and_the_link_short() -> None:
+    tried = answers(0.95, 30.0, 2.0, draft_ms=1.0)
+    assert best_tpot_ms(tried) < sum(tpot_ms(one, TAKE_ALL) for one in tried) / len(tried)
+
+
+def test_a_draft_slower_than_the_target_never_catches_up() -> None:
+    tried = answers(1.0, 20.0, 50.0, draft_ms=40.0)
+    assert tpot_ms(tried[0], TAKE_ALL) == pytest.approx(20.0, rel=0.1)
+
+
+def test_the_longest_round_trip_that_pays() -> None:
+    assert paying_rtt_ms(lambda rtt: 10.0 + rtt / 10, 30.0) == pytest.approx(200.0, abs=1.0)
+    assert paying_rtt_ms(lambda _: 40.0, 30.0) == 0.0
+    assert paying_rtt_ms(lambda _: 20.0, 30.0) == LONGEST_RTT_MS
