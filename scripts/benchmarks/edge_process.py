@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.drafts import REAL, LoadedSource, load_source
-from benchmarks.processes import run_child
+from benchmarks.processes import Say, run_child
 from benchmarks.timeline import NotingChannel, NotingEngine
 from edge_agent.agent import EdgeAgent
 from edge_agent.channel import Channel
@@ -28,6 +28,7 @@ from edge_agent.doctor import right_drafts
 from edge_agent.setup import make_policy, make_settings
 from shared.core.effects import Confirm, Emit, Finished, Refused, Retract
 from shared.core.messages import Want
+from shared.engine import EngineError
 from shared.logs import configure_logs
 
 _Question = dict[str, Any]
@@ -122,17 +123,19 @@ class Edge:
         )
 
 
-async def serve(draft: str, overrides: dict[str, object]) -> None:
+async def serve(say: Say, draft: str, overrides: dict[str, object]) -> None:
     """Until stdin ends."""
     config = load_edge_config(environ=os.environ, overrides={**REAL.get(draft, {}), **overrides})
     configure_logs("error", "console")
     edge = Edge(config, load_source(draft, config))
-    max_stall_ms = config.link.max_stall_ms
-    _say({"max_stall_ms": max_stall_ms, "heartbeat_ms": config.link.heartbeat_ms})
+    say({"max_stall_ms": config.link.max_stall_ms})
     answering: asyncio.Task[None] | None = None
 
     async def answer(question: _Question) -> None:
-        _say(await edge.answer(question))
+        try:
+            say(await edge.answer(question))
+        except EngineError as error:
+            say({"error": str(error)})
 
     while line := await asyncio.to_thread(sys.stdin.readline):
         question = json.loads(line)
@@ -143,12 +146,8 @@ async def serve(draft: str, overrides: dict[str, object]) -> None:
                 assert answering is not None
                 answering.cancel()
             case "pattern":
-                _say(edge.pattern(question))
-
-
-def _say(what: dict[str, Any]) -> None:
-    print(json.dumps(what), flush=True)
+                say(edge.pattern(question))
 
 
 if __name__ == "__main__":
-    run_child(serve(**json.loads(sys.argv[1])))
+    run_child(serve)

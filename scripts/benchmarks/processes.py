@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from shared.config import ConfigError
 from shared.engine import EngineError
 
 LONGEST_ANSWER_S = 600.0  # a target that is loaded, converted and measured first
+Say = Callable[[Mapping[str, object]], None]
 _LINE_BYTES = 1 << 24  # the longest line: a timeline of a long answer
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # before anything is pinned
 
@@ -93,10 +94,20 @@ async def _child(name: str, core: Literal[0, -1], module: str, settings: Mapping
                 await process.wait()
 
 
-def run_child(serving: Coroutine[Any, Any, None]) -> None:
-    """Run a child's loop; what a user can put right is one line on stderr."""
+def run_child(serving: Callable[..., Coroutine[Any, Any, None]]) -> None:
+    """Run a child's loop with the settings on its command line and a function that says a line.
+
+    What a library prints goes to stderr, not between the lines. What a user can put right is one line on stderr.
+    """
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(what: Mapping[str, object]) -> None:
+        lines.write(json.dumps(what) + "\n")
+        lines.flush()
+
     try:
-        asyncio.run(serving)
+        asyncio.run(serving(say, **json.loads(sys.argv[1])))
     except (ConfigError, EngineError, OSError) as error:
         sys.exit(f"bench: {' '.join(str(error).split())}")
 

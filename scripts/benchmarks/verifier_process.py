@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from benchmarks import emulated
-from benchmarks.processes import run_child
+from benchmarks.processes import Say, run_child
 from cloud_verifier.config import CloudConfig, load_cloud_config
 from cloud_verifier.engines import Target, load_target
 from cloud_verifier.serve import serving
@@ -87,7 +87,7 @@ def make_target(engine: str, config: CloudConfig) -> Target:
     return Target(RecordedTarget(recording, emulated.step_ms), vocabulary, "recorded", "emulated", "recorded")
 
 
-async def serve(engine: str, overrides: dict[str, object]) -> None:
+async def serve(say: Say, engine: str, overrides: dict[str, object]) -> None:
     """Until stdin ends."""
     fixed: dict[str, object] = {"server.address": "127.0.0.1:0", "target.threads": 1, "limits.keep_cache_s": 0}
     if engine not in ("recorded", "toy"):
@@ -98,12 +98,12 @@ async def serve(engine: str, overrides: dict[str, object]) -> None:
     target = make_target(engine, config)
     costs = [target.engine.cost_ms(rows) for rows in range(1, COST_ROWS + 1)]
     async with serving(config, target, metrics=notebook) as running:
-        print(json.dumps({"address": running.address, "cost_ms": costs}), flush=True)
+        say({"address": running.address, "cost_ms": costs})
         while line := await asyncio.to_thread(sys.stdin.readline):
             if json.loads(line)["do"] == "begin":
                 notebook.begin()
-            print(json.dumps(notebook.report()), flush=True)
+            say(notebook.report())
 
 
 if __name__ == "__main__":
-    run_child(serve(**json.loads(sys.argv[1])))
+    run_child(serve)
