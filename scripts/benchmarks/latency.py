@@ -8,6 +8,7 @@ Stop-and-wait has a verifier that waits for it (`self_decode: off`), and the num
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from operator import methodcaller
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,8 @@ from shared.testing.link_proxy import LinkProxy
 
 FEWEST_TOKENS = 16  # of an answer that counts: a shorter one has hardly a time per token
 PILOT_ROUNDS = (2, 4, 6, 8, 12, 16, 24, 32)  # drafts a round that stop-and-wait tries
-PILOT_PROMPTS, PILOT_TOKENS = 2, 64
+PILOT_PROMPTS, PILOT_TOKENS = 2, 48
+PILOT_SLOWER = 1.2
 WAITING = {"speculation.self_decode": "off", "speculation.max_draft_rows": PILOT_ROUNDS[-1]}
 WAYS = ("cloud_only", "stop_and_wait", "outrider", "local")
 
@@ -102,11 +104,18 @@ class Bench:
         return Run(prompt, answers, pattern["right"], pattern["draft_ms"])
 
     async def best_round(self, prompts: Sequence[Prompt]) -> tuple[int, dict[int, float]]:
-        """Drafts a round with which stop-and-wait is fastest, and the TPOT of each that was tried."""
+        """Drafts a round with which stop-and-wait is fastest, and the TPOT of each that was tried.
+
+        Longer rounds are not tried once two in a row were clearly slower than the best.
+        """
         tried: dict[int, float] = {}
+        slower = 0
         for k in PILOT_ROUNDS:
             answers = [await self.answer("stop_and_wait", prompt, PILOT_TOKENS, k) for prompt in prompts]
             tried[k] = round(sum(answer["statistics"]["tpot_ms"] for answer in answers) / len(answers), 2)
+            slower = slower + 1 if tried[k] > PILOT_SLOWER * min(tried.values()) else 0
+            if slower == 2:
+                break
         return min(tried, key=lambda k: tried[k]), tried
 
     def measured(self, run: Run, spec: LinkSpec) -> Measured:
@@ -224,9 +233,18 @@ def _figures(running: Bench, runs: Sequence[Run], spec: LinkSpec, plan: Plan) ->
         "ttft_ms": {way: middle(methodcaller("ttft_ms", way)) for way in plan.ways},
         "bytes_up_per_token": statistic("bytes_up_per_token"),
         "bytes_down_per_token": statistic("bytes_down_per_token"),
+        "accepted_per_position": _per_position(runs),
         "identical": all(run.is_identical for run in runs),
         "identical_runs": sum(run.is_identical for run in runs),
     }
+
+
+def _per_position(runs: Sequence[Run]) -> list[float]:
+    """How often a step's first draft was accepted, its first two, ...; of the steps that had drafts."""
+    statistics = [run.answers["outrider"]["statistics"] for run in runs]
+    steps = sum(one["num_drafts"] for one in statistics)
+    counts = zip_longest(*(one["num_accepted_tokens_per_pos"] for one in statistics), fillvalue=0)
+    return [round(sum(count) / steps, 4) for count in counts] if steps else []
 
 
 def _spread(runs: Sequence[Run], plan: Plan) -> dict[str, Any]:
