@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -197,6 +198,33 @@ async def recorded(
         "fleet_cpu": round(load.fleet_cpu, 3),
         **machine(seed),
     }
+
+
+async def sweep(
+    counts: Sequence[int], seconds: float, limit_ms: float, seed: int, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """TPOT and tokens a second by the number of sessions on the recorded target, with drafts and without."""
+    recording = Recording.load()
+    fleet = Fleet(load_edge_config(environ=os.environ, overrides={}), "q4_0", 8.0, recording.fingerprint, seed)
+    points = []
+    pin(-1)
+    async with verifier("recorded", {"limits.max_sessions": 4 * max(counts)}) as running:
+        for sessions in counts:
+            for want in (Want.STREAM, Want.SPECULATE):
+                progress(f"{sessions} sessions, {want.name.lower()}")
+                load = await fleet.load(running, sessions, seconds, seconds / 2, want)
+                in_time = sum(tpot <= limit_ms for tpot in load.tpots) / len(load.tpots) if load.tpots else 0.0
+                points.append(
+                    {
+                        "want": want.name,
+                        "sessions": sessions,
+                        "tpot_p50_ms": percentile(load.tpots, 0.5),
+                        "tpot_p95_ms": percentile(load.tpots, 0.95),
+                        "tokens_per_s": load.tokens_per_s,
+                        "goodput_tokens_per_s": load.tokens_per_s * in_time,
+                    }
+                )
+    return points
 
 
 async def real(engine: Engine, dtype: str, sessions: int, seconds: float, rounds: int, seed: int) -> dict[str, Any]:

@@ -160,7 +160,14 @@ async def latency(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]
         async with bench(draft, plan) as running:
             for spec in plan.links:
                 running.change(spec)
-                cases.append({"link": spec.name, "draft": draft, **await _case(running, prompts, spec, plan, progress)})
+                cases.append(
+                    {
+                        "link": spec.name,
+                        "rtt_ms": spec.rtt_ms,
+                        "draft": draft,
+                        **await _case(running, prompts, spec, plan, progress),
+                    }
+                )
     common = {
         "engine": plan.engine,
         "dtype": plan.dtype,

@@ -20,6 +20,7 @@ Kind = Literal["blackhole", "reset", "half_open"]
 KINDS: tuple[Kind, ...] = ("blackhole", "reset", "half_open")
 SHORTEST_S, LONGEST_S = 0.3, 20.0
 RTT_MS = 50.0
+LIMITS = {"limits.max_new_tokens": 65_536, "target.context_tokens": 65_536}
 _SETTLE_S = 0.8  # of verified text before the cut
 _WATCH_S = 2.5  # after the link is back; longer than it may take to rejoin
 _PROMPT_TOKENS = 64
@@ -51,8 +52,7 @@ async def outage(count: int, seed: int, progress: Callable[[str], None]) -> dict
     """The figures of `bench outage`."""
     recording = Recording.load()
     outages: list[Outage] = []
-    limits = {"limits.max_new_tokens": 65_536, "target.context_tokens": 65_536}
-    async with verifier("recorded", limits) as cloud, edge("recorded", {}) as device:
+    async with verifier("recorded", LIMITS) as cloud, edge("recorded", {}) as device:
         port = int(cloud.hello["address"].rpartition(":")[2])
         async with LinkProxy("127.0.0.1", port, RTT_MS / 2, seed=seed) as link:
             for number, (kind, for_s) in enumerate(plan(count, seed)):
