@@ -24,7 +24,7 @@ REAL: Mapping[str, Mapping[str, object]] = {
     "llama_cpp_q8_0": {"draft.engine": "llama_cpp", "draft.quantization": "q8_0"},
 }
 RECORDED_DRAFT_MS = 8.0
-_PROMPT_TOKENS = 64
+PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def load_source(draft: str, config: EdgeConfig) -> LoadedSource:
     if draft == "recorded":
         recording = Recording.load()
         paced = PacedDraft(RecordedDraft(recording, "q4_0"), RECORDED_DRAFT_MS)
-        return _without_model(paced, recording.fingerprint, lambda number: recording.prompt(number, _PROMPT_TOKENS))
+        return _without_model(paced, recording.fingerprint, lambda number: recording.prompt(number, PROMPT_TOKENS))
     loaded = load_draft(config.draft, resolve_model(config.draft.model, "draft.model"))
     engine = GarbageDraft(loaded.engine) if draft == "garbage" else loaded.engine
     return LoadedSource(engine, loaded.model.vocabulary, lambda prompt: make_request(config, loaded, prompt))

@@ -6,12 +6,13 @@ and an edge process with a link of 50 ms between them, which is cut in the middl
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from random import Random
 from typing import Any, Literal
 
+from benchmarks.drafts import PROMPT_TOKENS
 from benchmarks.processes import BenchError, Child, edge, machine, verifier
 from shared.testing.link_proxy import LinkProxy
 from shared.testing.recorded import Recording
@@ -23,7 +24,6 @@ RTT_MS = 50.0
 LIMITS = {"limits.max_new_tokens": 65_536, "target.context_tokens": 65_536}
 _SETTLE_S = 0.8  # of verified text before the cut
 _WATCH_S = 2.5  # after the link is back; longer than it may take to rejoin
-_PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ async def outage(count: int, seed: int, progress: Callable[[str], None]) -> dict
         port = int(cloud.hello["address"].rpartition(":")[2])
         async with LinkProxy("127.0.0.1", port, RTT_MS / 2, seed=seed) as link:
             for number, (kind, for_s) in enumerate(plan(count, seed)):
-                outages.append(one := await _one(device, link, recording, number, kind, for_s))
+                seen = await one_answer(device, link, number, kind, for_s)
+                outages.append(one := judge(seen[0], recording, number, (kind, for_s), *seen[1:]))
                 rejoin = "never" if one.rejoin_ms is None else f"{one.rejoin_ms:.0f} ms"
                 progress(f"{kind} of {for_s:.1f} s: stood still for {one.stall_ms:.0f} ms, rejoined after {rejoin}")
         max_stall_ms = device.hello["max_stall_ms"]
@@ -103,17 +104,25 @@ async def one_answer(
     return answer, cut_at, back_at
 
 
-async def _one(device: Child, link: LinkProxy, recording: Recording, number: int, kind: Kind, for_s: float) -> Outage:
-    answer, cut_at, back_at = await one_answer(device, link, number, kind, for_s)
+def judge(
+    answer: Mapping[str, Any],
+    recording: Recording,
+    number: int,
+    cut: tuple[Kind, float],
+    cut_at: float,
+    back_at: float,
+) -> Outage:
+    """What the user saw of a cut. The pause that counts is the longest one up to the first verified token after it."""
     shown_at, provenance = answer["shown_at"], answer["provenance"]
-    said = recording.text(recording.prompt(number, _PROMPT_TOKENS), len(shown_at))
-    rejoined = next((index for index, at in enumerate(shown_at) if at > back_at and provenance[index] != "local"), None)
+    said = recording.text(recording.prompt(number, PROMPT_TOKENS), len(shown_at))
+    verified = [index for index, at in enumerate(shown_at) if at > back_at and provenance[index] != "local"]
+    rejoined = verified[0] if verified else None
     watched = shown_at if rejoined is None else shown_at[: rejoined + 1]
     first = next((index for index, at in enumerate(watched) if at > cut_at), len(watched))
     gaps = [later - earlier for earlier, later in zip(watched[max(first - 1, 0) :], watched[first:], strict=False)]
     return Outage(
-        kind=kind,
-        for_s=for_s,
+        kind=cut[0],
+        for_s=cut[1],
         stall_ms=max(gaps, default=0.0) * 1000,
         rejoin_ms=None if rejoined is None else (shown_at[rejoined] - back_at) * 1000,
         local_tokens=provenance.count("local"),

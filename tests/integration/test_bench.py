@@ -1,0 +1,72 @@
+"""The benchmarks from the command line: processes, real gRPC, and figures that can be read by a program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=150, check=False
+    )
+
+
+def figures(*arguments: str) -> dict[str, Any]:
+    ran = bench(*arguments, "--json")
+    assert ran.returncode == 0, ran.stderr
+    printed: dict[str, Any] = json.loads(ran.stdout)
+    return printed
+
+
+def test_overhead_is_measured_per_commit() -> None:
+    measured = figures("overhead", "--tokens", "600", "--rounds", "2")
+    assert measured["commit_overhead_ms"] > 0
+    assert measured["tokens_per_s"] > 0
+    assert measured["tokens_per_commit"] >= 1
+    assert measured["versions"]["protobuf"]
+
+
+def test_an_outage_loses_and_doubles_nothing() -> None:
+    measured = figures("outage", "--outages", "1")
+    for name in ("lost_tokens", "doubled_tokens", "wrong_tokens", "never_rejoined"):
+        assert measured[name] == 0, name
+    assert measured["stall_ms_p95"] > 0
+    assert measured["each"][0]["for_s"] == 0.3
+
+
+@pytest.mark.models
+def test_latency_compares_the_ways_on_one_link() -> None:
+    arguments = ("--rtt-ms", "20", "--num-prompts", "1", "--max-new-tokens", "24", "--dtype", "float32")
+    measured = figures("latency", *arguments, "--draft", "llama_cpp")
+    names = ("cloud_only_tpot_ms", "stop_and_wait_tpot_ms", "outrider_tpot_ms", "local_tpot_ms", "limit_tpot_ms")
+    assert all(measured[name] > 0 for name in names)
+    assert 0 < measured["limit_fraction"] < 1.5
+    assert measured["identical"] is True
+    assert measured["bytes_up_per_token"] <= 16
+    assert measured["bytes_down_per_token"] <= 16
+    assert list(measured["by_category"]) == ["writing"]
+
+
+def test_a_draft_that_there_is_not_is_named() -> None:
+    ran = bench("latency", "--drafts", "llama_cpp,oracle")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("bench: no draft is called oracle; there are configured, ")
+
+
+def test_a_link_on_the_command_line_says_where_it_listens(tmp_path: Path) -> None:
+    script = tmp_path / "link.yaml"
+    script.write_text("steps: [{at_s: 0, up: {delay_ms: 5}}]")
+    command = [sys.executable, str(BENCH), "link", "127.0.0.1:9", "--script", str(script), "--rtt-ms", "50"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        said = running.stdout.readline()
+        running.terminate()
+    assert said.startswith("listening on 127.0.0.1:")
+    assert said.endswith("for 127.0.0.1:9: 25 ms up, 25 ms down\n")
+    assert bench("link", "nowhere").stderr == "bench: expected host:port of the verifier, got 'nowhere'\n"
