@@ -103,6 +103,10 @@ class EdgeAgent:
         """Statistics of the last answer, JSON-ready; empty before the first."""
         return self._run.report() if self._run is not None else {}
 
+    async def settle(self) -> None:
+        """Wait until the engine is idle, for others to use it: an answer that has ended may still be drafting."""
+        await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
+
     async def close(self, keep_engine: bool = False) -> None:
         """Free the connection, and the engine unless it is the caller's."""
         if self._run is not None:

@@ -219,6 +219,7 @@ async def _answer_every_way(agents: dict[str, EdgeAgent], engine: DraftEngine, r
                     complaint = complaint or event.error
                 case _:
                     pass
+        await agent.settle()  # the next way uses the same engine
         report = agent.report()
         if complaint or (way != "local" and report["local_tokens"]):
             raise EngineError(f"{way}: {complaint or 'the link stalled during the answer'}")

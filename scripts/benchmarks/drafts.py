@@ -81,7 +81,7 @@ def load_source(draft: str, config: EdgeConfig) -> LoadedSource:
         return _without_model(ToyDraft(HashModel(salt=3)), TOY_VOCABULARY, lambda _: (1, 2, 3))
     if draft == "recorded":
         recording = Recording.load()
-        paced = PacedDraft(RecordedDraft(recording, "q4_0"), RECORDED_DRAFT_MS)
+        paced = PacedDraft(RecordedDraft(recording, "q4_1"), RECORDED_DRAFT_MS)
         return _without_model(paced, recording.fingerprint, lambda number: recording.prompt(number, PROMPT_TOKENS))
     loaded = load_draft(config.draft, resolve_model(config.draft.model, "draft.model"))
     engine = GarbageDraft(loaded.engine) if draft == "garbage" else loaded.engine

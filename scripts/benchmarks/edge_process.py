@@ -72,6 +72,7 @@ class Edge:
                         error = event.error
                     case Confirm() | Retract():  # only with link.on_reconnect: revise, which no benchmark sets
                         raise AssertionError(event)
+        await agent.settle()  # the next agent uses the same engine
         return {
             "tokens": tokens,
             "provenance": provenance,

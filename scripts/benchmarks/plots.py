@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 mpl.use("agg")
 mpl.rcParams.update(
@@ -34,6 +35,7 @@ WAYS = {
     "outrider": ("Outrider", GREEN, "D"),
     "local": ("local (draft model alone)", PURPLE, "v"),
 }
+_APART = 0.006
 PROVENANCE = {"accepted": GREEN, "cloud": BLUE, "local": RED}
 
 
@@ -42,11 +44,12 @@ def tpot_by_rtt(cases: Sequence[Mapping[str, Any]], file: Path) -> None:
     cases = sorted(cases, key=lambda case: case["rtt_ms"])
     rtts = [case["rtt_ms"] for case in cases]
     figure, axes = plt.subplots()
-    for way, (label, colour, marker) in WAYS.items():
+    for beside, (way, (label, colour, marker)) in enumerate(WAYS.items()):
         name = f"{way}_tpot_ms"
         middle = [case[name] for case in cases]
         low, high = ([abs(case["spread"][name][end] - case[name]) for case in cases] for end in (0, 1))
-        axes.errorbar(rtts, middle, (low, high), label=label, color=colour, marker=marker, capsize=3, lw=1.6)
+        shifted = [rtt + (beside - 1.5) * _APART * rtts[-1] for rtt in rtts]  # bars must not hide one another
+        axes.errorbar(shifted, middle, (low, high), label=label, color=colour, marker=marker, capsize=3, lw=1.6)
     limits = [case["limit_tpot_ms"] for case in cases]
     axes.plot(rtts, limits, color=BLACK, ls="--", lw=1, label="limit (simulated, no overhead)")
     axes.set(xlabel="round trip, ms", ylabel="time per output token, ms", ylim=(0, None))
@@ -119,6 +122,7 @@ def acceptance(cases: Sequence[Mapping[str, Any]], file: Path) -> None:
         label = f"{case['link']}, {case['draft']}: {case['mean_acceptance_length']:.1f} tokens a step"
         axes.plot(range(1, len(shares) + 1), shares, color=colour, marker="o", ms=4, label=label)
     axes.set(xlabel="position of the draft in its step", ylabel="share of steps that accepted it", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     _save(figure, file)
 
@@ -134,11 +138,11 @@ def outage(answer: Mapping[str, Any], cut_at: float, back_at: float, file: Path)
     after = [index for index, at in enumerate(shown_at) if at > cut_at and index]
     gap = max(after, key=lambda index: shown_at[index] - shown_at[index - 1])
     stall_ms = (shown_at[gap] - shown_at[gap - 1]) * 1000
-    _annotate(axes, f"longest pause {stall_ms:.0f} ms", shown_at[gap - 1] - began, gap)
+    _annotate(axes, f"longest pause {stall_ms:.0f} ms", (shown_at[gap] - began, gap), (40, -6))
     back = [i for i, at in enumerate(shown_at) if at > back_at and answer["provenance"][i] != "local"]
     if back:
         rejoin_ms = (shown_at[back[0]] - back_at) * 1000
-        _annotate(axes, f"verified again after {rejoin_ms:.0f} ms", shown_at[back[0]] - began, back[0])
+        _annotate(axes, f"verified again after {rejoin_ms:.0f} ms", (shown_at[back[0]] - began, back[0]), (-60, -120))
     axes.set(xlabel="s since the question", ylabel="tokens shown")
     axes.legend(loc="lower right")
     _save(figure, file)
@@ -156,16 +160,16 @@ def capacity(points: Sequence[Mapping[str, Any]], limit_ms: float, file: Path) -
         right.plot(sessions, [p["goodput_tokens_per_s"] for p in found], color=colour, ls=":", label=f"{name}, goodput")
     left.axhline(limit_ms, color="0.5", lw=0.8)
     left.set(xlabel="sessions", ylabel="time per output token, ms", ylim=(0, None), xscale="log")
-    right.set(xlabel="sessions", ylabel="tokens a second, all sessions", xscale="log", yscale="log")
+    right.set(xlabel="sessions", ylabel="tokens a second, all sessions", xscale="log", ylim=(0, None))
     for axes in (left, right):
+        axes.set_xticks(sorted({p["sessions"] for p in points}), sorted({str(p["sessions"]) for p in points}, key=int))
+        axes.minorticks_off()
         axes.legend()
     _save(figure, file)
 
 
-def _annotate(axes: Axes, text: str, x: float, y: float) -> None:
-    axes.annotate(
-        text, (x, y), xytext=(-10, 30), textcoords="offset points", ha="right", arrowprops={"arrowstyle": "->"}
-    )
+def _annotate(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float]) -> None:
+    axes.annotate(text, at, xytext=offset, textcoords="offset points", arrowprops={"arrowstyle": "->"})
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -21,7 +21,7 @@ OUTAGE_S = 4.0
 TIMELINE_MS = 900.0
 SESSIONS = (1, 4, 16, 64, 160)
 CAPACITY_SECONDS = 6.0
-TPOT_LIMIT_MS = 40.0
+TPOT_LIMIT_MS = 60.0
 _TABLE = (
     "link", "draft", "cloud_only_tpot_ms", "stop_and_wait_tpot_ms", "outrider_tpot_ms", "local_tpot_ms",
     "ratio_vs_cloud_only", "ratio_vs_stop_and_wait", "limit_tpot_ms", "limit_fraction", "acceptance_rate",
