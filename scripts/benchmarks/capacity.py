@@ -228,27 +228,37 @@ async def sweep(
 
 
 async def real(engine: Engine, dtype: str, sessions: int, seconds: float, rounds: int, seed: int) -> dict[str, Any]:
-    """Cloud-only streams of a real target: one alone and `sessions` together, in turns; medians over the rounds."""
-    config = load_edge_config(environ=os.environ, overrides={})
-    singles, aggregates = [], []
+    """Cloud-only streams of a real target, one alone and `sessions` together; beside torch the same of llama.cpp."""
     pin(-1)
+    report = {
+        "engine": engine,
+        "dtype": dtype,
+        "threads": 1,
+        "sessions": sessions,
+        "rounds": rounds,
+        **await _one_and_all(engine, dtype, sessions, seconds, rounds, seed),
+    }
+    if engine == "torch":
+        report["llama_cpp"] = await _one_and_all("llama_cpp", dtype, sessions, seconds, rounds, seed)
+    return report | machine(seed)
+
+
+async def _one_and_all(
+    engine: Engine, dtype: str, sessions: int, seconds: float, rounds: int, seed: int
+) -> dict[str, float]:
+    """One stream and all of them, in turns; medians over the rounds."""
+    config = load_edge_config(environ=os.environ, overrides={})
+    singles, aggregates = list[float](), list[float]()
     async with verifier(engine, {"limits.max_sessions": 4 * sessions, "target.dtype": dtype}) as running:
         vocabulary = await vocabulary_of(config, running.hello["address"])
         fleet = Fleet(config, next(iter(Recording.load().drafts)), 1.0, vocabulary, seed)
         for _ in range(rounds):
             singles.append((await fleet.load(running, 1, seconds, 1.0, Want.STREAM)).tokens_per_s)
             aggregates.append((await fleet.load(running, sessions, seconds, 2.0, Want.STREAM)).tokens_per_s)
-    single, aggregate = median(singles), median(aggregates)
     return {
-        "engine": engine,
-        "dtype": dtype,
-        "threads": 1,
-        "sessions": sessions,
-        "rounds": rounds,
-        "single_tokens_per_s": round(single, 2),
-        "aggregate_tokens_per_s": round(aggregate, 2),
+        "single_tokens_per_s": round(median(singles), 2),
+        "aggregate_tokens_per_s": round(median(aggregates), 2),
         "aggregate_ratio": round(median(many / one for one, many in zip(singles, aggregates, strict=True)), 3),
-        **machine(seed),
     }
 
 
