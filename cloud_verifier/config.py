@@ -20,9 +20,9 @@ DEFAULTS = Path(__file__).with_name("default.yaml")
 class TargetConfig(Section):
     """The target model and how it runs."""
 
-    engine: Literal["torch"]
+    engine: Literal["torch", "llama_cpp"]
     model: Annotated[str, Field(min_length=1)]
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float32", "stored"]
     device: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=1024)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]

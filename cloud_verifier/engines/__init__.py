@@ -53,10 +53,28 @@ def _torch(config: TargetConfig, progress: Progress) -> Target:
     return Target(engine, engine.vocabulary, _public_name(config.model), config.dtype, "torch")
 
 
+def _llama_cpp(config: TargetConfig, progress: Progress) -> Target:
+    path = resolve_model(config.model, "target model")
+    from cloud_verifier.engines.llama_cpp_engine import LlamaCppTarget
+
+    engine = LlamaCppTarget.load(
+        path,
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        context_tokens=config.context_tokens,
+        kv_cache_mb=config.kv_cache_mb,
+        cache_dir=config.cache_dir,
+        progress=progress,
+        cost_of=partial(load_or_measure_cost, key=CostKey.of(config), cache_dir=config.cache_dir),
+    )
+    return Target(engine, engine.vocabulary, _public_name(config.model), config.dtype, "llama_cpp")
+
+
 def _public_name(model: str) -> str:
     """The configured name; of a path only its end, for the folders of this machine are nobody's business."""
     path = Path(model).expanduser()
     return path.name if path.exists() else model
 
 
-_FACTORIES: dict[str, Callable[[TargetConfig, Progress], Target]] = {"torch": _torch}
+_FACTORIES: dict[str, Callable[[TargetConfig, Progress], Target]] = {"llama_cpp": _llama_cpp, "torch": _torch}

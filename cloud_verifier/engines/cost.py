@@ -133,7 +133,7 @@ class CostKey:
             engine=config.engine,
             dtype=config.dtype,
             device=config.device,
-            threads=config.threads or _num_cpus(),
+            threads=config.threads or num_cpus(),
             cpu=_cpu_name(),
             library=f"{library} {metadata.version(library)}",
         )
@@ -317,7 +317,8 @@ def _file_identity(path: Path) -> str:
     return " ".join(f"{name}:{status.st_size}:{status.st_mtime_ns}" for name, status in found)
 
 
-def _num_cpus() -> int:
+def num_cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

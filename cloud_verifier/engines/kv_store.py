@@ -18,12 +18,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from cloud_verifier.engines.session_book import is_chain
 from shared.core.errors import LocalProtocolError
-from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks, num_blocks
+from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks
 from shared.engine import EngineError
 
 ATTENTION = "outrider"  # its name among transformers' attention implementations
-_DEFAULT_CONTEXTS, _DEFAULT_KV_BYTES = 16, 1 << 30
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -45,24 +45,9 @@ class KvShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
 
-
-def count_blocks(shape: KvShape, dtype: torch.dtype, context_tokens: int, kv_cache_mb: int) -> int:
-    """Blocks for a budget of memory; without one (0) for some contexts, up to a gigabyte.
-
-    Raises `EngineError` where the budget does not hold one session of `context_tokens`.
-    """
-    token_bytes: int = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    context = num_blocks(context_tokens)
-    if not kv_cache_mb:
-        return max(min(_DEFAULT_CONTEXTS * context, _DEFAULT_KV_BYTES // (token_bytes * BLOCK_TOKENS)), context)
-    count = kv_cache_mb * 2**20 // (token_bytes * BLOCK_TOKENS)
-    if count < context:
-        needed_mb = -(-context * BLOCK_TOKENS * token_bytes // 2**20)
-        raise EngineError(
-            f"target.kv_cache_mb {kv_cache_mb} does not hold one session of {context_tokens} tokens: set it to"
-            f" {needed_mb} or more, or target.context_tokens to {count * BLOCK_TOKENS} or less"
-        )
-    return count
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Memory for the keys and values of one token."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
 class KvPool:
@@ -178,11 +163,6 @@ def segment(cache: KvCache, first: int, parents: Sequence[int], groups: int, dty
     bias = torch.zeros(count, start + count, dtype=dtype, device=device)
     bias[:, start:].masked_fill_(~ancestors.to(device), float("-inf"))
     return Segment(cache, first, count, bias.repeat(groups, 1))
-
-
-def is_chain(parents: Sequence[int]) -> bool:
-    """Whether each row's parent is the row before it."""
-    return tuple(parents) == tuple(range(-1, len(parents) - 1))
 
 
 def ancestor_mask(parents: Sequence[int]) -> Tensor:

@@ -5,8 +5,8 @@ cache. Results depend on the rows of a session alone, up to the rounding of the 
 about 1e-5 in a logit in float32, enough to flip near-ties in bfloat16 (see `near_tie`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,14 @@ from cloud_verifier.engines.kv_store import (
     KvPool,
     KvShape,
     Segment,
-    count_blocks,
-    is_chain,
     segment,
 )
 from cloud_verifier.engines.packed_linear import can_pack, pack_linears
 from cloud_verifier.engines.selftest import check_target
+from cloud_verifier.engines.session_book import SessionBook, count_blocks, depths
 from shared.core.errors import LocalProtocolError
-from shared.core.kv_blocks import BLOCK_TOKENS, num_blocks
-from shared.core.messages import Fingerprint, Sampling
-from shared.core.selection import select
+from shared.core.kv_blocks import BLOCK_TOKENS
+from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError, Rows, TargetEngine, TargetLimits
 from shared.runtimes.hub import resolve_model
 from shared.runtimes.huggingface import CausalLM, Progress, load_causal_lm, no_progress
@@ -41,17 +39,6 @@ from shared.vocabulary import Vocabulary
 _MIN_PACKED_ROWS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MAX_ROWS = 2048  # of float32 logits over 150,000 tokens that is 1.2 GB
-
-
-@dataclass(slots=True)
-class _Session:
-    """A session's cache, the tokens in it in row order, and the rows of its last forward."""
-
-    cache: KvCache
-    tokens: list[int] = field(default_factory=list)
-    last_start: int = 0
-    last_parents: tuple[int, ...] = ()
-    branched: bool = False  # the cache ends with a tree: `keep` or `truncate` must come first
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +78,10 @@ class TorchTarget:
         self._vocabulary = causal_lm.vocabulary
         self._stop_ids = causal_lm.stop_ids
         self._max_context = min(causal_lm.max_context, context_tokens or causal_lm.max_context)
-        count = count_blocks(self._shape, self._model.dtype, self._max_context, kv_cache_mb)
+        count = count_blocks(self._shape.token_bytes(self._model.dtype), self._max_context, kv_cache_mb)
         self._pool = KvPool(self._shape, self._model.dtype, self._device, count)
-        self._sessions: dict[str, _Session] = {}
+        self._caches: dict[str, KvCache] = {}
+        self._book = SessionBook(self._pool.blocks, self.fingerprint.size, self._max_context)
         self.cost: CostCurve | None = None
         self._min_rows = 1
         if self._device.type == "cpu" and can_pack():
@@ -129,9 +117,8 @@ class TorchTarget:
         return engine
 
     def __repr__(self) -> str:
-        cached = sum(session.cache.length for session in self._sessions.values())
         dtype = str(self._model.dtype).removeprefix("torch.")
-        return f"<TorchTarget {self._name} {dtype} on {self._device}: {len(self._sessions)} sessions, {cached} tokens>"
+        return f"<TorchTarget {self._name} {dtype} on {self._device}: {self._book!r}>"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -193,49 +180,28 @@ class TorchTarget:
     @torch.inference_mode()
     def keep(self, session_id: str, start: int, rows: Sequence[int]) -> None:
         """See `TargetEngine.keep`. Raises `LocalProtocolError` where `rows` is not a path of the last forward."""
-        session = self._sessions.get(session_id)
-        if session is None or start != session.last_start or session.cache.length != start + len(session.last_parents):
-            raise LocalProtocolError(f"session {session_id}: no forward from {start} to keep rows of")
-        parents = session.last_parents
-        inside = all(0 <= row < len(parents) for row in rows)
-        if not inside or [parents[row] for row in rows] != [-1, *rows][: len(rows)]:
-            raise LocalProtocolError(f"session {session_id}: rows {list(rows)} are not a path in the tree {parents}")
-        session.cache.keep(start, rows)
-        session.tokens[start:] = [session.tokens[start + row] for row in rows]
-        session.last_start, session.last_parents, session.branched = session.cache.length, (), False
+        self._book.keep(session_id, start, rows)
+        self._caches[session_id].keep(start, rows)
 
     def truncate(self, session_id: str, length: int) -> None:
         """See `TargetEngine.truncate`. Raises `LocalProtocolError` for more than is cached and for a cut in a tree."""
-        session = self._sessions.get(session_id)
-        cached = session.cache.length if session else 0
-        if not 0 <= length <= cached:
-            raise LocalProtocolError(f"session {session_id}: truncate to {length}, but {cached} tokens are cached")
-        if session is None or length == cached:
-            return
-        if session.branched and length > session.last_start:
-            raise LocalProtocolError(f"session {session_id}: truncate to {length} cuts a tree; keep a path of it first")
-        session.cache.cut(length)
-        del session.tokens[length:]
-        session.last_start, session.last_parents, session.branched = length, (), False
+        if self._book.truncate(session_id, length):
+            self._caches[session_id].cut(length)
 
     def release(self, session_id: str) -> None:
         """Free the session's cache; unknown sessions are ignored."""
-        self._sessions.pop(session_id, None)
-        self._pool.blocks.release(session_id)
+        self._book.release(session_id)
+        self._caches.pop(session_id, None)
 
     def share(self, session_id: str, source_id: str, length: int) -> None:
         """See `TargetEngine.share`. Raises `LocalProtocolError` where the session has a cache or the source less."""
-        source = self._sessions.get(source_id)
-        if source is None or source.cache.length < length or length % BLOCK_TOKENS:
-            raise LocalProtocolError(f"session {session_id}: cannot share {length} tokens of {source_id}")
-        self._pool.blocks.share(session_id, source_id, length)
-        cache = KvCache(self._pool, session_id, length)
-        self._sessions[session_id] = _Session(cache, source.tokens[:length], length)
+        self._book.share(session_id, source_id, length)
+        self._caches[session_id] = KvCache(self._pool, session_id, length)
 
     @torch.inference_mode()
     def _evaluate(self, batch: Sequence[Rows]) -> Tensor:
         """Logits (selected rows, real vocabulary) of a packed forward, which the caches then hold."""
-        self._check(batch)
+        self._book.check(batch)
         if not batch:
             return torch.empty(0, self.fingerprint.size)
         plan = self._plan(batch)
@@ -254,49 +220,22 @@ class TorchTarget:
             self._model.base_model(**inputs)
             logits = torch.empty(0, self.fingerprint.size)
         for rows_ in batch:
-            session = self._sessions[rows_.session_id]
-            session.last_start, session.last_parents = rows_.start, rows_.parents
-            session.branched = not is_chain(rows_.parents)
-            session.cache.length = rows_.start + len(rows_.tokens)
-            session.tokens += rows_.tokens
+            self._caches[rows_.session_id].length = rows_.start + len(rows_.tokens)
+        self._book.forwarded(batch)
         result: Tensor = logits
         return result
-
-    def _check(self, batch: Sequence[Rows]) -> None:
-        if len({rows.session_id for rows in batch}) != len(batch):
-            raise LocalProtocolError("a session is twice in one batch")
-        for rows in batch:
-            session = self._sessions.get(rows.session_id)
-            cached = session.cache.length if session else 0
-            where = f"session {rows.session_id}: {len(rows.tokens)} rows from {rows.start}"
-            if rows.start != cached:
-                raise LocalProtocolError(f"{where}, but {cached} tokens are cached")
-            if session and session.branched:
-                raise LocalProtocolError(f"{where} on a tree of which no path was kept")
-            if not rows.tokens or len(rows.parents) != len(rows.tokens):
-                raise LocalProtocolError(f"{where}, {len(rows.parents)} parents: one for each row, and a row at least")
-            if not all(-1 <= parent < row for row, parent in enumerate(rows.parents)):
-                raise LocalProtocolError(f"{where}: a parent does not precede its child in {rows.parents}")
-            if not 0 <= min(rows.tokens) <= max(rows.tokens) < self.fingerprint.size:
-                raise LocalProtocolError(f"{where}: token ids outside of the vocabulary of {self.fingerprint.size}")
-            if rows.start + max(_depths(rows.parents)) >= self._max_context:
-                raise LocalProtocolError(f"{where} go beyond the context of {self._max_context} tokens")
-        blocks = self._pool.blocks
-        missing = sum(num_blocks(rows.start + len(rows.tokens)) - len(blocks.blocks(rows.session_id)) for rows in batch)
-        if missing > blocks.num_free:
-            raise LocalProtocolError(f"a step needs {missing} more blocks, but {blocks!r}")
 
     def _plan(self, batch: Sequence[Rows]) -> _Plan:
         plan = _Plan([], [], [], [])
         for rows in batch:
-            if rows.session_id not in self._sessions:
-                self._sessions[rows.session_id] = _Session(KvCache(self._pool, rows.session_id))
-            cache = self._sessions[rows.session_id].cache
+            if rows.session_id not in self._caches:
+                self._caches[rows.session_id] = KvCache(self._pool, rows.session_id)
+            cache = self._caches[rows.session_id]
             cache.reserve(rows.start + len(rows.tokens))
             first = len(plan.token_ids)
             plan.segments.append(segment(cache, first, rows.parents, self._groups, self._model.dtype))
             plan.token_ids.extend(rows.tokens)
-            plan.positions.extend(rows.start + depth for depth in _depths(rows.parents))
+            plan.positions.extend(rows.start + depth for depth in depths(rows.parents))
             plan.selected.extend(range(first + rows.first_selected, len(plan.token_ids)))
         return plan
 
@@ -309,54 +248,13 @@ class TorchTarget:
         if not bool(peaks.isfinite().all()):
             raise LocalProtocolError("the target's logits are not finite numbers")
         tokens: list[int] = greedy.tolist()
-        sampled = [job for job in self._selections(batch) if job.sampling.temperature > 0 or job.sampling.has_penalties]
+        sampled = list(self._book.sampled_rows(batch))
         if sampled:
-            index = torch.tensor([job.row for job in sampled], device=logits.device)
+            index = torch.tensor([one.row for one in sampled], device=logits.device)
             host: NDArray[np.float32] = logits[index].float().cpu().numpy()
-            for job, row in zip(sampled, host, strict=True):
-                tokens[job.row] = select(row, job.sampling, job.position, job.context, job.prompt_len)
+            for one, row in zip(sampled, host, strict=True):
+                tokens[one.row] = one.select(row)
         return tokens
-
-    def _selections(self, batch: Sequence[Rows]) -> "Iterator[_Selection]":
-        """What `select` needs for each selected row of the batch, in order."""
-        row = 0
-        for rows in batch:
-            depths = _depths(rows.parents)
-            cached = self._sessions[rows.session_id].tokens[: rows.start] if rows.sampling.has_penalties else []
-            for index in range(rows.first_selected, len(rows.tokens)):
-                context = cached + _path(rows, index) if rows.sampling.has_penalties else []
-                yield _Selection(row, rows.sampling, rows.start + depths[index] + 1, context, rows.prompt_len)
-                row += 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """The arguments of `select` for one row of the logits."""
-
-    row: int
-    sampling: Sampling
-    position: int
-    context: list[int]
-    prompt_len: int
-
-
-def _depths(parents: Sequence[int]) -> Sequence[int]:
-    """How many rows lie above each row."""
-    if is_chain(parents):
-        return range(len(parents))
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    return depths
-
-
-def _path(rows: Rows, index: int) -> list[int]:
-    """The tokens from the cached prefix down to this row."""
-    path: list[int] = []
-    while index >= 0:
-        path.append(rows.tokens[index])
-        index = rows.parents[index]
-    return path[::-1]
 
 
 def _device(name: str) -> torch.device:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from edge_agent.config import DraftConfig
 from shared.engine import DraftEngine, EngineError
-from shared.runtimes.hub import cached_copy, default_cache_dir
-from shared.runtimes.llama_cpp import LlamaModel, quantize
+from shared.runtimes.hub import default_cache_dir
+from shared.runtimes.llama_cpp import LlamaModel, with_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +23,9 @@ def _llama_cpp(config: DraftConfig, path: Path) -> LoadedDraft:
     from edge_agent.engines.llama_cpp import LlamaCppDraft
 
     if config.quantization is not None:
-        path = _quantized(path, config.quantization)
+        path = with_weights(path, config.quantization, default_cache_dir())
     engine = LlamaCppDraft(path, context_tokens=config.context_tokens, threads=config.threads or os.cpu_count() or 1)
     return LoadedDraft(engine, engine.model)
-
-
-def _quantized(path: Path, to: str) -> Path:
-    """The kept copy, made first where it is not there yet; it appears at once when it is complete."""
-    copy = cached_copy(path, default_cache_dir(), to).with_suffix(f".{to}.gguf")
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_suffix(f".{os.getpid()}.partial")
-        try:
-            quantize(path, to, partial)
-            partial.rename(copy)
-        finally:
-            partial.unlink(missing_ok=True)
-    return copy
 
 
 ENGINES: dict[str, Callable[[DraftConfig, Path], LoadedDraft]] = {"llama_cpp": _llama_cpp}

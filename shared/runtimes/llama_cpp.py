@@ -2,29 +2,36 @@
 
 The high-level `Llama` class of llama-cpp-python holds one sequence and hides rollback, so this uses the C functions.
 Their rules, kept here: positions of a sequence follow each other without gap or overlap, so what is evaluated again
-must be removed first; a rollback can be refused and says so; a logits row lives until the next decode, so it is copied.
+must be removed first; a rollback can be refused and says so; logits live until the next decode, so they are copied.
 A context is used from one thread at a time. The library is imported at the first load, not with this module.
 """
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.engine import EngineError
-from shared.runtimes.hub import check_is_gguf
+from shared.runtimes.hub import cached_copy, check_is_gguf
 from shared.vocabulary import Vocabulary, token_bytes
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
+_GUESSED = 1024  # LLAMA_FTYPE_GUESSED: the file does not say, its tensors do
 _DECODE_ERRORS = {1: "the cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 _error_lines: list[str] = []
 _callbacks: list[object] = []  # llama.cpp keeps bare pointers: these keep the objects alive
+
+
+Weights = Literal["q4_0", "q8_0", "bfloat16", "float32"]
+"""What a model file can be converted to."""
 
 
 @cache
@@ -33,7 +40,8 @@ def _library() -> ModuleType:
         import llama_cpp
     except ImportError as error:
         raise EngineError(
-            f"llama.cpp is not usable here ({error}); install it with: pip install 'outrider[edge]'"
+            f"llama.cpp is not usable here ({error}); pip install 'outrider[edge]', or on a verifier"
+            " 'outrider[cloud-llama]'"
         ) from error
 
     def log(level: int, text: bytes, _user_data: object) -> None:
@@ -54,23 +62,56 @@ def _complaint() -> str:
     return line
 
 
-def quantize(path: Path, to: str, destination: Path) -> None:
-    """Write the GGUF model at `path` once more with its weights as `to`: q4_0, q8_0, bfloat16 or float32.
+def max_sequences() -> int:
+    """Most sequences that one context can have, as llama.cpp was built: 256. Raises `EngineError` without llama.cpp."""
+    return int(_library().llama_max_parallel_sequences())
 
-    Raises `EngineError`.
-    """
+
+def _file_type(weights: Weights) -> int:
+    library = _library()
+    return int(
+        {
+            "q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0,
+            "q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0,
+            "bfloat16": library.LLAMA_FTYPE_MOSTLY_BF16,
+            "float32": library.LLAMA_FTYPE_ALL_F32,
+        }[weights]
+    )
+
+
+def quantize(path: Path, to: Weights, destination: Path) -> None:
+    """Write the GGUF model at `path` once more with its weights as `to`. Raises `EngineError`."""
     library = _library()
     check_is_gguf(path)
     params = library.llama_model_quantize_default_params()
-    params.ftype = {
-        "q4_0": library.LLAMA_FTYPE_MOSTLY_Q4_0,
-        "q8_0": library.LLAMA_FTYPE_MOSTLY_Q8_0,
-        "bfloat16": library.LLAMA_FTYPE_MOSTLY_BF16,
-        "float32": library.LLAMA_FTYPE_ALL_F32,
-    }[to]
+    params.ftype = _file_type(to)
     params.allow_requantize = True
     if library.llama_model_quantize(bytes(path), bytes(destination), ctypes.byref(params)):
         raise EngineError(f"model file {path} cannot be quantized to {to}: {_complaint()}")
+
+
+def with_weights(path: Path, weights: Weights, cache_dir: Path) -> Path:
+    """The file itself where its weights are of this type already, else the copy of it that `cache_dir` keeps.
+
+    The copy is made first where it is not there yet, and appears at once when it is complete. Raises `EngineError`.
+    """
+    check_is_gguf(path)
+    copy = cached_copy(path, cache_dir, weights).with_suffix(f".{weights}.gguf")
+    if copy.exists():
+        return copy
+    model = LlamaModel(path, gpu_layers=0)
+    is_same = model.file_type == _file_type(weights)
+    model.close()
+    if is_same:
+        return path
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    partial = copy.with_suffix(f".{os.getpid()}.partial")
+    try:
+        quantize(path, weights, partial)
+        partial.rename(copy)
+    finally:
+        partial.unlink(missing_ok=True)
+    return copy
 
 
 class LlamaModel:
@@ -90,6 +131,7 @@ class LlamaModel:
                 f"model file {path} cannot be loaded: {_complaint()}; check that the download is complete"
             )
         self._vocab = self._lib.llama_model_get_vocab(self.handle)
+        self.on_gpu = gpu_layers != 0
         self.vocabulary_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.trained_context_tokens = int(self._lib.llama_model_n_ctx_train(self.handle))
         self.is_recurrent = bool(
@@ -97,6 +139,20 @@ class LlamaModel:
         )
         self.bos_id = int(self._lib.llama_vocab_bos(self._vocab))  # -1 where there is none, as for eos
         self.eos_id = int(self._lib.llama_vocab_eos(self._vocab))
+
+    @property
+    def file_type(self) -> int:
+        """What most of its weights are: a `LLAMA_FTYPE` of llama.cpp."""
+        return int(self._lib.llama_model_ftype(self.handle)) & ~_GUESSED
+
+    @property
+    def cached_values_per_token(self) -> int:
+        """Numbers that the keys and values of one token are, in all layers; each layer is taken to be as the first."""
+        heads = self._lib.llama_model_n_head_kv(self.handle)
+        usual = self._lib.llama_model_n_embd(self.handle) // self._lib.llama_model_n_head(self.handle)
+        name = self.metadata("general.architecture")
+        sizes = (self.metadata(f"{name}.attention.{part}_length") for part in ("key", "value"))
+        return int(self._lib.llama_model_n_layer(self.handle) * heads * sum(int(size or usual) for size in sizes))
 
     def __repr__(self) -> str:
         return f"<LlamaModel {self.path.name}, {self.vocabulary_size} token ids>"
@@ -176,21 +232,28 @@ class LlamaContext:
         batch_tokens: int = 512,
         max_sequences: int = 1,
         unified: bool = True,
+        exact: bool = False,
     ) -> None:
         """Make room for `context_tokens`, shared by all sequences if `unified`, else in equal parts.
 
-        Rows that belong to several sequences (trees) need `unified`. A decode takes up to `batch_tokens` rows. Raises
-        `EngineError` where memory is short or the model keeps no cache.
+        Rows that belong to several sequences (trees) need `unified`. A decode takes up to `batch_tokens` rows. Keys and
+        values are float16, or float32 if `exact`, with plain attention then. Raises `EngineError` where memory is short
+        or the model keeps no cache.
         """
         lib = self._lib = model._lib
         self.model = model
         self.batch_tokens = batch_tokens
         params = lib.llama_context_default_params()
         params.n_ctx = context_tokens
-        params.n_batch = params.n_ubatch = batch_tokens
+        params.n_ubatch = batch_tokens
+        params.n_batch = max(batch_tokens, max_sequences)  # fewer than the sequences, and llama.cpp ends the process
         params.n_threads = params.n_threads_batch = threads
         params.n_seq_max = max_sequences
         params.kv_unified = unified
+        params.op_offload = params.offload_kqv = model.on_gpu
+        if exact:
+            params.type_k = params.type_v = lib.GGML_TYPE_F32
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.swa_full = True  # a sliding window's cache keeps everything: rollback must not reach past what is kept
         _error_lines.clear()
         self._handle = lib.llama_init_from_model(model.handle, params)
@@ -211,7 +274,7 @@ class LlamaContext:
         sequences: Sequence[Sequence[int]],
         wanted: Sequence[int],
     ) -> NDArray[np.float32]:
-        """Evaluate n rows, at most `batch_tokens`; returns a copy of the `wanted` rows' logits, (len(wanted), V).
+        """Evaluate n rows, at most `batch_tokens`; a copy of the `wanted` (ascending) rows' logits, (len(wanted), V).
 
         Row i is `tokens[i]` at `positions[i]`, entered in each of `sequences[i]`; it attends to what these hold before
         it. Raises `EngineError` where llama.cpp fails; if the cache was full, it is as before.
@@ -232,11 +295,12 @@ class LlamaContext:
         if code != 0:
             reason = _DECODE_ERRORS.get(code, f"code {code}")
             raise EngineError(f"llama.cpp cannot evaluate {len(tokens)} tokens: {reason}; {_complaint()}")
-        logits = np.empty((len(wanted), self.model.vocabulary_size), dtype=np.float32)
-        for index, row in enumerate(wanted):
-            pointer = self._lib.llama_get_logits_ith(self._handle, row)
-            logits[index] = np.ctypeslib.as_array(pointer, shape=(self.model.vocabulary_size,))
-        return logits
+        shape = (len(wanted), self.model.vocabulary_size)
+        if not wanted:
+            return np.empty(shape, dtype=np.float32)
+        # The wanted rows lie together, in the order of the batch.
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(self._lib.llama_get_logits(self._handle), shape=shape)
+        return np.array(logits)
 
     def remove(self, sequence: int, start: int) -> bool:
         """Drop a sequence's cache from position `start` on; False, and nothing changed, if this model cannot.

@@ -12,8 +12,6 @@ from cloud_verifier.engines.kv_store import (
     Segment,
     ancestor_mask,
     attend,
-    count_blocks,
-    is_chain,
     segment,
 )
 from shared.core.errors import LocalProtocolError
@@ -53,18 +51,9 @@ def cached(cache: KvCache, layer: int) -> list[float]:
 def test_shape_is_read_from_the_configuration() -> None:
     llama = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=8, num_key_value_heads=2)
     assert KvShape.of(llama) == KvShape(num_layers=3, num_kv_heads=2, head_dim=8)
+    assert KvShape.of(llama).token_bytes(torch.bfloat16) == 3 * 2 * 2 * 8 * 2
     qwen = Qwen3Config(num_hidden_layers=3, hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
     assert KvShape.of(qwen) == KvShape(num_layers=3, num_kv_heads=4, head_dim=32)
-
-
-def test_budget_is_counted_in_whole_blocks() -> None:
-    token_bytes = 2 * 2 * 2 * 4 * 4
-    assert count_blocks(SHAPE, torch.float32, 100, kv_cache_mb=1) == 2**20 // (16 * token_bytes)
-    assert count_blocks(SHAPE, torch.float32, 100, kv_cache_mb=0) == 16 * 7
-    with pytest.raises(
-        EngineError, match=r"^target.kv_cache_mb 1 does not hold one session of 9000 tokens: set it to 2"
-    ):
-        count_blocks(SHAPE, torch.float32, 9000, kv_cache_mb=1)
 
 
 def test_growing_keeps_what_stands_and_a_full_pool_says_so() -> None:
@@ -132,13 +121,6 @@ def test_keeping_rows_moves_them_together(rows: tuple[int, ...]) -> None:
     fill(cache, 10)
     cache.keep(4, rows)
     assert cached(cache, 0) == cached(cache, 1) == [0, 1, 2, 3, *(4 + row for row in rows)]
-
-
-def test_a_chain_is_known_from_a_tree() -> None:
-    assert is_chain((-1,))
-    assert is_chain([-1, 0, 1])
-    assert not is_chain((-1, -1))
-    assert not is_chain(TREE)
 
 
 def test_ancestors_are_the_path_to_the_root() -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from cloud_verifier.config import load_cloud_config
 from cloud_verifier.engines import Target
 from cloud_verifier.serve import RunningVerifier, serving
-from edge_agent.__main__ import make_agent, make_request
 from edge_agent.config import EdgeConfig, load_edge_config
 from edge_agent.engines import LoadedDraft
+from edge_agent.setup import make_agent, make_request
 from shared.core.effects import Confirm, Emit, Finished, Provenance, Refused, Retract
 from shared.core.messages import Sampling
 from shared.core.selection import select

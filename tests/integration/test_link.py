@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 
 from cloud_verifier.engines import Target
-from edge_agent.__main__ import make_agent, make_request
 from edge_agent.engines import LoadedDraft
+from edge_agent.setup import make_agent, make_request
 from shared.core.effects import Emit, Provenance
 from shared.core.messages import Finish
 from shared.testing.link_proxy import LinkProxy

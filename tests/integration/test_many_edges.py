@@ -11,9 +11,9 @@ from grpc import aio
 
 from cloud_verifier.engines import Target
 from cloud_verifier.engines.torch_engine import TorchTarget
-from edge_agent.__main__ import make_request
 from edge_agent.config import load_edge_config
 from edge_agent.engines import LoadedDraft, load_draft
+from edge_agent.setup import make_request
 from shared.core.effects import Provenance
 from shared.core.kv_blocks import BLOCK_TOKENS, num_blocks
 from shared.core.messages import Finish, Open

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 
 from cloud_verifier.engines import Target
-from edge_agent.__main__ import make_request
 from edge_agent.engines import LoadedDraft
+from edge_agent.setup import make_request
 from shared.core.effects import Provenance
 from shared.core.messages import Sampling
 from tests.integration.pair import GREEDY, PROMPTS, SAMPLED, PlainTarget, answer, edge_config, run, verifier

@@ -1,0 +1,108 @@
+"""Tiny models of random weights and rows to put through them: what the tests of the target engines have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFWriter, TokenType
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shared.core.messages import Sampling
+from shared.engine import Rows
+from shared.runtimes.huggingface import CausalLM
+from shared.vocabulary import Vocabulary
+
+GREEDY = Sampling()
+TREE = (-1, 0, 0, 1, 2, 2)
+SIZE = 93  # real tokens; the model's tables are padded to 96
+TEXT = tuple((7 * n * n + 3 * n) % SIZE for n in range(60))
+_PADDED, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM, _LAYERS, _CONTEXT = 96, 48, 6, 2, 8, 2, 256
+
+
+def tiny_config(architecture: str = "llama", **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "vocab_size": _PADDED,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _HIDDEN,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": _KV_HEADS,
+        "head_dim": _HEAD_DIM,
+        "max_position_embeddings": _CONTEXT,
+        "initializer_range": 0.4,  # large, so that every token of the context matters
+        "pad_token_id": None,
+        "eos_token_id": 1,
+        "sliding_window": None,
+    }
+    return AutoConfig.for_model(architecture, **settings | options)
+
+
+def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **options)).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()  # zero after initialization, which would hide a lost bias
+    vocabulary = Vocabulary(tuple(b"%d" % token for token in range(SIZE)) + (b"",) * 3)
+    return CausalLM("tiny", model, vocabulary, frozenset({1}), max_context=_CONTEXT)
+
+
+def write_tiny_gguf(file: Path, output_scale: Sequence[float] = ()) -> Path:
+    """A llama of the same size in float32; row n of its output layer is multiplied by `output_scale[n]`."""
+    chance = np.random.default_rng(0)
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(_CONTEXT)
+    writer.add_embedding_length(_HIDDEN)
+    writer.add_block_count(_LAYERS)
+    writer.add_feed_forward_length(_HIDDEN)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_rope_dimension_count(_HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"{token}" for token in range(_PADDED)])
+    writer.add_token_scores([0.0] * _PADDED)
+    writer.add_token_types([TokenType.NORMAL] * SIZE + [TokenType.UNUSED] * (_PADDED - SIZE))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+    def add(name: str, *shape: int) -> None:
+        weights = chance.normal(0, 0.4, shape).astype(np.float32) if len(shape) > 1 else np.ones(shape, np.float32)
+        if name == "output":
+            weights[: len(output_scale)] *= np.array(output_scale, np.float32)[:, None]
+        writer.add_tensor(f"{name}.weight", weights)
+
+    add("token_embd", _PADDED, _HIDDEN)
+    add("output_norm", _HIDDEN)
+    add("output", _PADDED, _HIDDEN)
+    for layer in range(_LAYERS):
+        for name, size in (("attn_q", _HEADS), ("attn_k", _KV_HEADS), ("attn_v", _KV_HEADS)):
+            add(f"blk.{layer}.{name}", size * _HEAD_DIM, _HIDDEN)
+        add(f"blk.{layer}.attn_output", _HIDDEN, _HEADS * _HEAD_DIM)
+        for name in ("ffn_gate", "ffn_up", "ffn_down"):
+            add(f"blk.{layer}.{name}", _HIDDEN, _HIDDEN)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}", _HIDDEN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def rows(
+    session: str,
+    start: int,
+    tokens: Sequence[int],
+    parents: Sequence[int] | None = None,
+    first_selected: int = 0,
+    sampling: Sampling = GREEDY,
+) -> Rows:
+    chain = range(-1, len(tokens) - 1)
+    return Rows(
+        session, start, tuple(tokens), tuple(chain if parents is None else parents), first_selected, sampling, 2
+    )
