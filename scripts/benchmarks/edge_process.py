@@ -72,7 +72,10 @@ class Edge:
                         error = event.error
                     case Confirm() | Retract():  # only with link.on_reconnect: revise, which no benchmark sets
                         raise AssertionError(event)
+        report = agent.report()
         await agent.settle()  # the next agent uses the same engine
+        if notes is not None:
+            await agent.close(keep_engine=True)
         return {
             "tokens": tokens,
             "provenance": provenance,
@@ -83,7 +86,7 @@ class Edge:
             "doubled_tokens": doubled,
             "error": refusal or error,
             "cpu_s": time.process_time() - began_cpu_s,
-            "statistics": agent.report(),
+            "statistics": report,
             "timeline": notes,
         }
 

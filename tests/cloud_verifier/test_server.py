@@ -233,17 +233,6 @@ def test_the_verifier_describes_itself() -> None:
     in_lab(test)
 
 
-def test_a_probe_is_answered_with_as_many_bytes_as_it_asks_for() -> None:
-    async def test(lab: Lab) -> None:
-        stub = VerifierStub(lab.channel)  # type: ignore[no-untyped-call]  # generated
-        assert len((await stub.Probe(pb.ProbeRequest(padding=b"x" * 65_536, reply_bytes=1000))).padding) == 1000
-        for request in (pb.ProbeRequest(reply_bytes=65_537), pb.ProbeRequest(padding=bytes(65_537))):
-            with pytest.raises(grpc.aio.AioRpcError, match="at most 65536 bytes"):
-                await stub.Probe(request)
-
-    in_lab(test)
-
-
 def test_health_and_reflection() -> None:
     async def test(lab: Lab) -> None:
         health = health_pb2_grpc.HealthStub(lab.channel)

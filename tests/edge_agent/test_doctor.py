@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge_agent import __main__ as cli
 from edge_agent import doctor
 from edge_agent.config import EdgeConfig, load_edge_config
 from edge_agent.doctor import Check, Diagnosis, Expected, Tried, examine, expect, failed_configuration
@@ -156,6 +158,19 @@ def test_settings_that_cannot_be_read() -> None:
     diagnosis = failed_configuration(ConfigError("edge.yaml:3: link.speed: unknown key"))
     assert not diagnosis.is_sound
     assert "edge-agent config" in diagnosis.checks[0].to_do
+
+
+def test_the_command_fails_where_a_check_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "edge.yaml").write_text("link: {speed: 5}")
+    monkeypatch.setattr(sys, "argv", ["edge-agent", "doctor", "--json", "--config", str(tmp_path / "edge.yaml")])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == cli.EXIT_MISTAKE
+    told = json.loads(capsys.readouterr().out)
+    assert told["is_sound"] is False
+    assert "link.speed: unknown key" in told["checks"][0]["found"]
 
 
 def test_right_drafts_are_those_of_the_true_prefix() -> None:

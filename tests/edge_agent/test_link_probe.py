@@ -1,11 +1,13 @@
 import asyncio
 
+import grpc
 import pytest
 
 from edge_agent.channel import Channel
 from edge_agent.config import load_edge_config
 from edge_agent.link_probe import LinkMeasured, measure, measure_link
 from shared.testing.link_shape import Condition, Direction
+from shared.wire import MAX_PROBE_BYTES
 from tests.edge_agent.lab import Lab, in_lab
 
 
@@ -55,5 +57,22 @@ def test_a_real_link_is_probed_through_the_channel() -> None:
         assert link.rtt_ms >= 20.0 * 0.95
         assert link.down_kbps is not None
         assert link.down_kbps <= 1000.0 * 1.05, "a busy machine makes it slower, never faster"
+
+    in_lab(test)
+
+
+def test_a_probe_is_no_way_to_keep_a_verifier_busy() -> None:
+    async def test(lab: Lab) -> None:
+        config = load_edge_config(environ={}, overrides={"verifier.address": f"127.0.0.1:{lab.proxy.port}"})
+        channel = Channel(config.verifier, None)
+        try:
+            await channel.probe(MAX_PROBE_BYTES, MAX_PROBE_BYTES, 5.0)
+            assert lab.proxy.bytes_up > MAX_PROBE_BYTES
+            assert lab.proxy.bytes_down > MAX_PROBE_BYTES
+            for sizes in ((MAX_PROBE_BYTES + 1, 0), (0, MAX_PROBE_BYTES + 1)):
+                with pytest.raises(grpc.aio.AioRpcError, match="at most 65536 bytes"):
+                    await channel.probe(*sizes, timeout_s=5.0)
+        finally:
+            await channel.close()
 
     in_lab(test)
