@@ -86,6 +86,7 @@ class CloudSession:
         self._tree = DraftTree(log, settings.max_pending_tokens)
         self._calibration = Calibration()
         self._acked_len = len(log)
+        self._is_plain = opened.want is Want.STREAM or settings.self_decode is SelfDecode.ALWAYS
         self._is_starved = False
         self._step: _Step | None = None
         self._offered: list[Node] = []
@@ -178,16 +179,15 @@ class CloudSession:
 
     def offer(self, now: float) -> Offer | None:
         """What the next step could do for it; None: finished, stepping, or waiting for an acknowledgement or drafts."""
-        if not self.is_ready:
+        # Like `take` and `stepped` this runs for hundreds of sessions while the engine waits: few calls.
+        log_len, settings = len(self.log), self._settings
+        if self._step is not None or self.finish is not Finish.NONE:
             return None
-        worth: list[float] = []
-        if len(self._tree):
-            count, last_position = self._settings.max_draft_rows, self._limit - 2
-            self._offered, worth = self._tree.best(count, last_position, self._calibration.table)
-        else:
-            self._offered = []
+        if log_len - self._acked_len >= settings.window_tokens:
+            return None
+        self._offered, worth = self._tree.best(settings.max_draft_rows, self._limit - 2, self._calibration.table)
         decodes = self._decodes(now)
-        prefill_rows = len(self.log) - self.cached_len - 1
+        prefill_rows = log_len - self.cached_len - 1
         if not worth and not prefill_rows and decodes is Decodes.NEVER:
             return None
         weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
@@ -274,13 +274,10 @@ class CloudSession:
 
     def _decodes(self, now: float) -> Decodes:
         """May the step be a plain decode step? A session that drafts nothing is always served."""
-        mode = self._settings.self_decode
-        if self.opened.want is Want.STREAM or mode is SelfDecode.ALWAYS:
-            return Decodes.FREELY
         self._is_starved |= now >= self._ready_at + self._settings.starved_after_ms / 1000
-        if self._is_starved:
+        if self._is_plain or self._is_starved:
             return Decodes.FREELY
-        return Decodes.SPARE if mode is SelfDecode.IDLE else Decodes.NEVER
+        return Decodes.SPARE if self._settings.self_decode is SelfDecode.IDLE else Decodes.NEVER
 
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
         """Indices of the accepted nodes, and the tokens that the step commits (up to a stop token)."""

@@ -119,6 +119,8 @@ class DraftTree:
         A node is as likely as its parent times what `table` (see `Calibration`) says of its own confidence, so a parent
         comes before its children: DySpec's greedy tree, grown under a budget of nodes.
         """
+        if not self._nodes:
+            return [], []
         if self._chain is not None:
             nodes = self._chain[: max(min(count, last_position - self._root.position), 0)]
             return nodes, list(accumulate(map(table.__getitem__, self._ranges[: len(nodes)]), mul))

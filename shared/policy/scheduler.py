@@ -125,19 +125,21 @@ class _Items:
         counts, owners, weights, pairs = list[int](), list[int](), list[float](), list[int]()
         self._base_rows = sum(grants)
         self._base_worth = 0.0
-        for index in sorted(range(len(offers)), key=lambda index: -offers[index].waited_ms):
+        waited = [offer.waited_ms for offer in offers]
+        for index in sorted(range(len(offers)), key=waited.__getitem__, reverse=True):
             offer, rows = offers[index], grants[index]
+            before = len(worth)
             if rows > offer.prefill_rows:
                 self._base_worth += _expected(offer, rows)
-                competing = offer.worth[rows - offer.prefill_rows - 1 :]
+                worth += offer.worth[rows - offer.prefill_rows - 1 :]
             elif offer.prefill_rows or not _least_rows(offer):
                 continue
             else:
                 if offer.decodes is Decodes.NEVER:
-                    pairs.append(len(worth))
-                competing = [1.0, *offer.worth]
-            worth.extend(competing)
-            counts.append(len(competing))
+                    pairs.append(before)
+                worth.append(1.0)
+                worth += offer.worth
+            counts.append(len(worth) - before)
             owners.append(index)
             weights.append(offer.weight)
         gains: _Floats = np.array(worth) * np.repeat(np.array(weights), counts)
