@@ -247,15 +247,16 @@ class Worker:
         self._count()
         self._engine_effects.clear()
         cached, self._cached = self._cached, set()
-        for key in cached:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._release, key)
+        # Shielded: whoever stops the verifier now must not leave half of them in an engine that is used again.
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._release_all, cached))
 
-    def _release(self, key: str) -> None:
-        """On the engine's thread: release a cache of an engine that has failed before."""
-        try:
-            self._engine.release(key)
-        except Exception:  # noqa: BLE001  # as above; the other caches are still to be released
-            _log.exception("a cache cannot be released", session=key)
+    def _release_all(self, keys: set[str]) -> None:
+        """On the engine's thread: release the caches of an engine that has failed before."""
+        for key in keys:
+            try:
+                self._engine.release(key)
+            except Exception:  # noqa: BLE001  # as above; the other caches are still to be released
+                _log.exception("a cache cannot be released", session=key)
 
     def _enact(self, effects: Sequence[CloudEffect]) -> None:
         self._collect(effects)
