@@ -71,7 +71,7 @@ def test_config_prints_the_defaults_with_their_comments() -> None:
             "command line: server: 0.0.0.0:50151 can be reached from other machines and no token is set; "
             "set token or token_file, or listen on 127.0.0.1",
         ),
-        ("--dtype int4", "command line: target.dtype: expected one of bfloat16, float32, got int4"),
+        ("--dtype int4", "command line: target.dtype: expected one of bfloat16, float32, stored, got int4"),
         ("--self-decode never", "command line: speculation.self_decode: expected one of off, idle, always, got never"),
     ],
 )
