@@ -25,7 +25,7 @@ from cloud_verifier.engines.cost import CostCurve, measure_cost, num_cpus
 from cloud_verifier.engines.selftest import check_target
 from cloud_verifier.engines.session_book import SessionBook, count_blocks, depths, is_chain, path
 from shared.core.errors import LocalProtocolError
-from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks
+from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks, num_blocks
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError, Rows, TargetEngine, TargetLimits
 from shared.runtimes.hub import default_cache_dir
@@ -80,7 +80,9 @@ class LlamaCppTarget:
             trained = self._model.trained_context_tokens
             self._max_context = min(trained, context_tokens or trained)
             token_bytes = self._model.cached_values_per_token * (4 if exact else 2)
-            self._blocks = KvBlocks(count_blocks(token_bytes, self._max_context, kv_cache_mb))
+            # What so many sessions can fill: llama.cpp's own buffers grow with the cells, used or not.
+            most = self._max_sessions * num_blocks(self._max_context + self._max_rows)
+            self._blocks = KvBlocks(min(count_blocks(token_bytes, self._max_context, kv_cache_mb), most))
             self._context = LlamaContext(
                 self._model,
                 context_tokens=self._blocks.num_blocks * BLOCK_TOKENS,

@@ -148,6 +148,7 @@ def test_client_certificates_need_tls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"target__engine": "vllm"}, "target.engine: expected one of torch, llama_cpp, got vllm"),
         ({"target__dtype": "int4"}, "target.dtype: expected one of bfloat16, float32, stored, got int4"),
         (
             {"speculation__self_decode": "never"},

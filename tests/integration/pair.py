@@ -1,9 +1,11 @@
-"""The real pair in one process: llama.cpp drafts, the torch target decides, gRPC between them."""
+"""The real pair in one process: llama.cpp drafts, the target decides, gRPC between them."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from shared.core.effects import Confirm, Emit, Finished, Provenance, Refused, Re
 from shared.core.messages import Sampling
 from shared.core.selection import select
 from shared.runtimes.huggingface import CausalLM
+from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
 from shared.testing.engines import GarbageDraft
 
 PROMPTS = (
@@ -66,25 +69,62 @@ class Shown:
                 pass
 
 
-class PlainTarget:
-    """The oracle: transformers' own forward with its own cache, one token at a time, and the reference `select`."""
+class Plain(ABC):
+    """The oracle: a runtime's own forward with its own cache, one token at a time, and the reference `select`."""
+
+    @abstractmethod
+    def feed(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """Evaluate tokens from position `start` on, 0 for a new text; the logits (vocabulary,) of the last."""
+
+    def stream(self, prompt: tuple[int, ...], sampling: Sampling, n: int, stop_ids: frozenset[int]) -> list[int]:
+        """The target stream: up to `n` tokens after the prompt, the stop token included."""
+        tokens, fed = list(prompt), 0
+        while len(tokens) < len(prompt) + n and not (len(tokens) > len(prompt) and tokens[-1] in stop_ids):
+            logits = self.feed(tokens[fed:], fed)
+            fed = len(tokens)
+            tokens.append(select(logits, sampling, len(tokens), tokens, len(prompt)))
+        return tokens[len(prompt) :]
+
+
+class PlainTarget(Plain):
+    """By transformers, a prompt in one forward."""
 
     def __init__(self, causal_lm: CausalLM) -> None:
         self._causal_lm = causal_lm
+        self._cache: Any = None
 
     @torch.inference_mode()
-    def stream(self, prompt: tuple[int, ...], sampling: Sampling, n: int, stop_ids: frozenset[int]) -> list[int]:
-        """The target stream: up to `n` tokens after the prompt, the stop token included."""
-        tokens, fed, cache = list(prompt), 0, None
-        while len(tokens) < len(prompt) + n and not (len(tokens) > len(prompt) and tokens[-1] in stop_ids):
-            ids = torch.tensor([tokens[fed:]])
-            output = self._causal_lm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            fed, cache = len(tokens), output.past_key_values
-            logits: NDArray[np.float32] = output.logits[0, -1].float().numpy()
-            # Padded ids beyond the vocabulary can never be selected.
-            logits = logits[: self._causal_lm.vocabulary.fingerprint.size]
-            tokens.append(select(logits, sampling, len(tokens), tokens, len(prompt)))
-        return tokens[len(prompt) :]
+    def feed(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """See `Plain.feed`."""
+        cache = self._cache if start else None
+        ids = torch.tensor([list(tokens)])
+        output = self._causal_lm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        # Padded ids beyond the vocabulary can never be selected.
+        size = self._causal_lm.vocabulary.fingerprint.size
+        logits: NDArray[np.float32] = output.logits[0, -1, :size].float().numpy()
+        return logits
+
+
+class PlainLlamaCpp(Plain):
+    """By llama.cpp, in float32 and one sequence, a prompt token by token too."""
+
+    def __init__(self, file: Path) -> None:
+        self._model = LlamaModel(file, gpu_layers=0)
+        self._context = LlamaContext(self._model, context_tokens=1024, threads=1, exact=True)
+
+    def feed(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        """See `Plain.feed`."""
+        if start == 0:
+            self._context.remove(0, 0)
+        *_, last = (self._context.decode([token], [start + n], [(0,)], (0,)) for n, token in enumerate(tokens))
+        logits: NDArray[np.float32] = last[0]
+        return logits
+
+    def close(self) -> None:
+        """Free the model."""
+        self._context.close()
+        self._model.close()
 
 
 @contextlib.asynccontextmanager

@@ -1,5 +1,6 @@
 """Promise 1 on the real pair: whatever the drafts, the timing and the verifier's mode, the text is the target's own."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -9,18 +10,35 @@ from edge_agent.engines import LoadedDraft
 from edge_agent.setup import make_request
 from shared.core.effects import Provenance
 from shared.core.messages import Sampling
-from tests.integration.pair import GREEDY, PROMPTS, SAMPLED, PlainTarget, answer, edge_config, run, verifier
+from tests.integration.pair import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    Plain,
+    PlainLlamaCpp,
+    PlainTarget,
+    answer,
+    edge_config,
+    run,
+    verifier,
+)
 
 pytestmark = pytest.mark.models
 MODES = tuple(product((True, False), ("off", "idle", "always"), (False, True)))  # run-ahead, self-decode, garbage
 
 
 async def check(
-    target: Target, plain: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling, n: int
+    target: Target,
+    plain: Plain,
+    draft: LoadedDraft,
+    prompt: str,
+    sampling: Sampling,
+    n: int,
+    modes: Sequence[tuple[bool, str, bool]] = MODES,
 ) -> None:
     request = make_request(edge_config("127.0.0.1:1"), draft, prompt)
     expected = plain.stream(request.prompt, sampling, n, request.stop_ids)
-    for run_ahead, self_decode, garbage in MODES:
+    for run_ahead, self_decode, garbage in modes:
         async with verifier(target, speculation__self_decode=self_decode) as running:
             config = edge_config(
                 running.address,
@@ -44,6 +62,15 @@ def test_text_is_the_targets_own_in_every_mode(
     target: Target, plain_target: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling
 ) -> None:
     run(check(target, plain_target, draft, prompt, sampling, 20), timeout_s=280)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_the_llama_cpp_targets_own(
+    llama_cpp_target: Target, plain_llama_cpp_target: PlainLlamaCpp, draft: LoadedDraft, sampling: Sampling
+) -> None:
+    modes = [mode for mode in MODES if mode[0]]
+    run(check(llama_cpp_target, plain_llama_cpp_target, draft, PROMPTS[2], sampling, 16, modes), timeout_s=280)
 
 
 @pytest.mark.slow

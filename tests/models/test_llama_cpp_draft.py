@@ -107,7 +107,7 @@ class TestModelFile:
     ) -> None:
         monkeypatch.setitem(sys.modules, "llama_cpp", None)
         monkeypatch.setattr(runtime, "_library", runtime._library.__wrapped__)
-        with pytest.raises(EngineError, match=r"pip install 'outrider\[edge\]'"):
+        with pytest.raises(EngineError, match=r"pip install 'outrider\[edge\]'.* 'outrider\[cloud-llama\]'"):
             LlamaModel(default_model_path)
 
 
