@@ -86,7 +86,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check the settings, models and link; say what to expect, and what to change. About half a minute."""
+    """Check the settings, models and link; say what to expect, and what to change. Less than a minute."""
     from edge_agent.doctor import examine, failed_configuration
     from edge_agent.doctor_report import show_diagnosis
 
