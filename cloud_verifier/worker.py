@@ -253,10 +253,13 @@ class Worker:
     def _release_all(self, keys: set[str]) -> None:
         """On the engine's thread: release the caches of an engine that has failed before."""
         for key in keys:
-            try:
-                self._engine.release(key)
-            except Exception:  # noqa: BLE001  # as above; the other caches are still to be released
-                _log.exception("a cache cannot be released", session=key)
+            self._release(key)
+
+    def _release(self, key: str) -> None:
+        try:
+            self._engine.release(key)
+        except Exception:  # noqa: BLE001  # as above; the other caches are still to be released
+            _log.exception("a cache cannot be released", session=key)
 
     def _enact(self, effects: Sequence[CloudEffect]) -> None:
         self._collect(effects)
