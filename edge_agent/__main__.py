@@ -5,12 +5,15 @@ import os
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: a lost link is our business to report
 
 import asyncio
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
 from edge_agent.display import JsonLines, Screen
@@ -100,6 +103,38 @@ def doctor(
             diagnosis = asyncio.run(examine(settings, prompt or ()))
     show_diagnosis(diagnosis, as_json)
     raise typer.Exit(0 if diagnosis.is_sound else EXIT_MISTAKE)
+
+
+@app.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="GGUF file, Hugging Face folder, package:NAME or a name on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    to: Annotated[
+        Literal["onnx", "gguf"], typer.Option("--format", help="onnx needs no compiler on the device; gguf is 8 bits.")
+    ] = "onnx",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to measure it with.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a draft of a model; say how often it is right and how long a token takes. A minute for a small model."""
+    from edge_agent.prepare import prepare as prepare_draft
+
+    path = resolve_model(model, "model")
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"preparing {path.name}", total=None)
+        prepared = prepare_draft(
+            path,
+            to,
+            out,
+            threads,
+            lambda stage, done: bar.update(task, description=stage, total=1, completed=done or 0),
+        )
+    if as_json:
+        typer.echo(json.dumps({**asdict(prepared), "path": str(prepared.path)}))
+        return
+    typer.echo(f"{prepared.path}: {prepared.size_bytes / 1e6:.0f} MB, right for {prepared.acceptance:.1%} of the full "
+               f"model's tokens, {prepared.draft_ms:.1f} ms a token on {threads} thread(s)")  # fmt: skip
+    engine = "onnx" if to == "onnx" else "llama_cpp"
+    typer.echo(f"use it with: draft: {{engine: {engine}, model: {prepared.path}}}")
 
 
 async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -> int:

@@ -6,24 +6,19 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from edge_agent.engines.tokenizer import Tokenizer
 from shared.engine import EngineError
-from shared.runtimes.llama_cpp import LlamaModel
 
 
-def chat_prompt(model: LlamaModel, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_prompt(model: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Token ids of a conversation, ending where the assistant's next message begins.
 
     `messages` are `{"role": ..., "content": ...}`. Raises `EngineError` where the model has no template, or where the
     template refuses the messages.
     """
-    template = model.metadata("tokenizer.chat_template")
-    if not template:
-        raise EngineError(
-            f"model {model.path.name} has no chat template; send a plain prompt, or use an instruct model"
-        )
-    text = render_chat(
-        template, messages, bos_token=model.token_text(model.bos_id), eos_token=model.token_text(model.eos_id)
-    )
+    if not model.chat_template:
+        raise EngineError(f"model {model.name} has no chat template; send a plain prompt, or use an instruct model")
+    text = render_chat(model.chat_template, messages, bos_token=model.bos_text, eos_token=model.eos_text)
     return model.tokenize(text, parse_special=True)  # the template writes the begin token itself
 
 

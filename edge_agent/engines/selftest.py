@@ -5,7 +5,8 @@ an engine proposes after a history of rollbacks must be what it proposes on the 
 
 Quantized kernels give slightly other logits for other batch shapes, so a near-tie may flip a token on a sound engine.
 Hence tokens and confidence are compared on random tokens, where a wrong context changes both by far more than rounding
-does, and one history fails only if it disagrees on two of three draws.
+does, and one history fails only if it disagrees on the first draw and on two of the next four. (A sound ONNX model in
+4 bits agrees on 9 of 10 draws, one with a stale token on 1 of 10.)
 """
 
 import math
@@ -33,8 +34,8 @@ def check_draft(engine: DraftEngine) -> None:
     """
     histories = _WITHOUT_ROLLBACK | (_WITH_ROLLBACK if engine.capabilities.can_rollback else {})
     for name, history in histories.items():
-        # Sound at the first draw is sound; else the majority of three decides.
-        if not _agrees(engine, history, 0) and not (_agrees(engine, history, 1) and _agrees(engine, history, 2)):
+        # Sound at the first draw is sound; else more are needed.
+        if not _agrees(engine, history, 0) and sum(_agrees(engine, history, draw) for draw in range(1, 5)) < 3:
             raise EngineError(
                 f"draft engine self-test: after {name} it proposes other tokens than on a fresh cache; "
                 "its cache is out of step, do not use it"

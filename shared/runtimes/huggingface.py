@@ -28,7 +28,7 @@ Progress = Callable[[str, float | None], None]
 SUPPORTED_ARCHITECTURES = ("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
-_VOCABULARY_FILE = "outrider_vocabulary.json"
+VOCABULARY_FILE = "outrider_vocabulary.json"
 _CONVERSION = "1"  # change it when converted copies change
 _UNUSED_TOKEN = 5  # GGUF token type, llama.cpp `LLAMA_TOKEN_TYPE_UNUSED`
 _GGUF_BYTE_LEVEL = {"gpt2": True, "llama": False, "t5": False}
@@ -97,7 +97,7 @@ def read_vocabulary(folder: Path) -> tuple[Vocabulary, frozenset[int]]:
 
     Raises `EngineError` with the name of the file that is not there or damaged.
     """
-    converted, tokenizer = folder / _VOCABULARY_FILE, folder / "tokenizer.json"
+    converted, tokenizer = folder / VOCABULARY_FILE, folder / "tokenizer.json"
     if converted.is_file():
         with _parsing(converted):
             stored = json.loads(converted.read_text())
@@ -192,7 +192,7 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     model.config.save_pretrained(folder)
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     texts = [token.decode("latin-1") for token in vocabulary.tokens]
-    (folder / _VOCABULARY_FILE).write_text(json.dumps({"tokens": texts, "stop_ids": sorted(stop_ids)}))
+    (folder / VOCABULARY_FILE).write_text(json.dumps({"tokens": texts, "stop_ids": sorted(stop_ids)}))
 
 
 def _from_pretrained(folder: Path, dtype: str, **options: Any) -> "PreTrainedModel":

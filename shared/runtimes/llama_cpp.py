@@ -141,6 +141,26 @@ class LlamaModel:
         self.eos_id = int(self._lib.llama_vocab_eos(self._vocab))
 
     @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def chat_template(self) -> str:
+        """The model's Jinja template; empty where it has none."""
+        return self.metadata("tokenizer.chat_template")
+
+    @property
+    def bos_text(self) -> str:
+        """How the token that begins a text is spelled; empty where there is none."""
+        return self.token_text(self.bos_id)
+
+    @property
+    def eos_text(self) -> str:
+        """How the token that ends a text is spelled; empty where there is none."""
+        return self.token_text(self.eos_id)
+
+    @property
     def file_type(self) -> int:
         """What most of its weights are: a `LLAMA_FTYPE` of llama.cpp."""
         return int(self._lib.llama_model_ftype(self.handle)) & ~_GUESSED

@@ -327,7 +327,7 @@ class TestSelfTest:
         def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: object) -> int:
             return select(logits, sampling, position + next(calls), *rest)  # type: ignore[arg-type]  # passed through
 
-        monkeypatch.setattr("edge_agent.engines.llama_cpp.select", drifting)
+        monkeypatch.setattr("edge_agent.engines.cached_draft.select", drifting)
         with pytest.raises(EngineError, match="self-test"):
             check_draft(engine)
 

@@ -1,0 +1,127 @@
+"""The draft engine on plain onnxruntime: a folder that onnxruntime-genai's builder or `edge-agent prepare` made.
+
+Its graphs keep the cache with GroupQueryAttention: past and present are one buffer of full length, allocated once, and
+the attention mask's length tells how much of it counts. So a token copies no cache, and a rollback is a shorter mask.
+The package is imported at the first load, not with this module.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_agent.engines.cached_draft import CachedDraft
+from edge_agent.engines.onnx_folder import INSTALL, MODEL_FILE, OnnxFolder
+from shared.core.messages import Fingerprint
+from shared.engine import Capabilities, EngineError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, IOBinding
+
+_IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
+_PAST, _PRESENT = "past_key_values.", "present."
+_FATAL = 4  # severity of onnxruntime's own log: what fails is raised, too
+_GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # their cache must lie on the GPU
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxDraft(CachedDraft):
+    """`DraftEngine` over an ONNX folder; one session for its whole life."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        context_tokens: int = 0,
+        threads: int = 1,
+        batch_tokens: int = 128,
+        provider: str = "CPUExecutionProvider",
+    ) -> None:
+        """Load the model, with room for `context_tokens` (0: what it was trained for).
+
+        `provider` is onnxruntime's name of what computes; the processor takes the nodes that it cannot. Raises
+        `EngineError`.
+        """
+        library = _library()
+        if provider not in library.get_available_providers():
+            raise EngineError(
+                f"draft.provider {provider!r} is not in this onnxruntime; it has "
+                f"{', '.join(library.get_available_providers())}"
+            )
+        self.model = OnnxFolder(folder)
+        if not self.model.shares_buffers:
+            raise EngineError(f"{folder}: past and present are separate buffers; make it with edge-agent prepare")
+        self._session = _load(library, folder / MODEL_FILE, threads, provider)
+        max_context = min(context_tokens or self.model.context_tokens, self.model.context_tokens)
+        self._binding = self._bind(library, max_context, "cuda" if provider in _GPU_PROVIDERS else "cpu")
+        self._mask = np.ones((1, max_context), dtype=np.int64)
+        super().__init__(folder.name, batch_tokens, Capabilities(True, can_tree=False, max_context=max_context))
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The vocabulary that its token ids belong to."""
+        return self.model.vocabulary.fingerprint
+
+    def close(self) -> None:
+        """Free the model; no other call may follow."""
+        del self._binding, self._session
+
+    def _bind(self, library: ModuleType, max_context: int, device: str) -> "IOBinding":
+        """Allocate the cache, each buffer both past and present."""
+        binding = self._session.io_binding()
+        for tensor in self._session.get_inputs():
+            if tensor.name in (_IDS, _MASK):
+                continue
+            if not tensor.name.startswith(_PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
+                raise EngineError(f"{self.model.folder}: the graph has an input {tensor.name!r}, which is not known "
+                                  "here; make it with edge-agent prepare")  # fmt: skip
+            shape = [1, tensor.shape[1], max_context, self.model.head_size]
+            zeros = np.zeros(shape, _TYPES[tensor.type])
+            cache = library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+            binding.bind_ortvalue_input(tensor.name, cache)
+            binding.bind_ortvalue_output(_PRESENT + tensor.name.removeprefix(_PAST), cache)
+        return binding
+
+    def _evaluate(self, start: int, stop: int) -> NDArray[np.float32] | None:
+        binding = self._binding
+        binding.bind_cpu_input(_IDS, np.array([self._tokens[start:stop]], dtype=np.int64))
+        binding.bind_cpu_input(_MASK, self._mask[:, :stop])
+        binding.bind_output(_LOGITS)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # its classes share no base of their own
+            raise EngineError(f"onnxruntime cannot evaluate {stop - start} token(s): {_one_line(error)}") from error
+        if stop < len(self._tokens):
+            return None
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0, -1]  # bound last
+        return logits.astype(np.float32, copy=False)
+
+    def _remove(self, length: int) -> bool:
+        return True  # what lies behind the mask does not count
+
+
+def _library() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise EngineError(f"onnxruntime is not usable here ({error}); {INSTALL}") from error
+
+
+def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "InferenceSession":
+    options = library.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
+    try:
+        session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # its classes share no base of their own
+        raise EngineError(f"model file {file} cannot be loaded: {_one_line(error)}") from error
+    return session
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,98 @@
+"""From a model to an ONNX folder: onnxruntime-genai's builder makes the graph in float32, `onnx_quantize` its weights.
+
+The builder wants a Hugging Face folder; of a GGUF file one is made, its weights dequantized by transformers. torch,
+transformers and the builder are needed here only, not by the edge that drafts with the result.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from edge_agent.engines.onnx_folder import MODEL_FILE
+from edge_agent.engines.onnx_quantize import quantize_graph
+from shared.engine import EngineError
+from shared.runtimes.hub import default_cache_dir
+from shared.runtimes.huggingface import VOCABULARY_FILE, Progress, convert_gguf
+
+_BUILDER = "onnxruntime_genai.models.builder"
+_NEEDED = ("accelerate", "gguf", "onnx", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
+# The last row's logits only; gate and up projection in one, where the model has them apart: 0.7 ms of 10 for SmolLM2.
+_OPTIONS = (("prune_lm_head=true", "fuse_mlp_gate_up=true"), ("prune_lm_head=true",))
+_COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
+
+
+def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
+    """Make ONNX folders of a GGUF file or a Hugging Face folder inside `work`: with small weights, and in float32.
+
+    Raises `EngineError`.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EngineError(f"preparing an ONNX model needs {missing[0]!r}; install it with: "
+                          "pip install 'outrider[prepare]'")  # fmt: skip
+    source = model if model.is_dir() else _from_gguf(model, work / "source", progress)
+    full, small = work / "float32", work / "small"
+    progress("building the graph", None)
+    _run_builder(source, full, work)
+    if (source / VOCABULARY_FILE).is_file():
+        shutil.copy(source / VOCABULARY_FILE, full)
+    small.mkdir()
+    quantize_graph(full / MODEL_FILE, small / MODEL_FILE, lambda done: progress("making the weights small", done))
+    for name in _COPIED:
+        if (full / name).is_file():
+            shutil.copy(full / name, small)
+    return small, full
+
+
+def _from_gguf(file: Path, folder: Path, progress: Progress) -> Path:
+    """A Hugging Face folder as the builder wants it: the converted copy, its architecture named, and a tokenizer."""
+    copy = convert_gguf(file, default_cache_dir(), progress)
+    progress("converting the tokenizer", None)
+    from transformers import AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    except (ImportError, OSError, ValueError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{file}: transformers cannot read its tokenizer ({reason}); name its HF folder") from error
+    for path in copy.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def _run_builder(source: Path, destination: Path, work: Path) -> None:
+    """In a process of its own: it prints, and it imports its parts by names that could be anybody's."""
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        _BUILDER,
+        "-i",
+        source,
+        "-o",
+        destination,
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+    ]
+    complaint = ""
+    for options in _OPTIONS:
+        shutil.rmtree(destination, ignore_errors=True)
+        done = subprocess.run(  # noqa: S603 # our own interpreter on our own folders
+            [*command, "-c", work / "cache", "--extra_options", *options],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            return
+        lines = done.stderr.strip().splitlines()
+        complaint = complaint or (lines[-1] if lines else f"exit code {done.returncode}")
+    raise EngineError(f"{source}: onnxruntime-genai's builder failed: {complaint}")

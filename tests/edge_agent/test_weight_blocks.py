@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
+
+
+def grid(rows: int, blocks: int, seed: int = 0, steps: int = 16) -> tuple[NDArray[np.int64], Floats, Floats]:
+    """Q4_1 blocks: integers (N, B, 32), and the float16 step and minimum (N, B) of each."""
+    chance = np.random.default_rng(seed)
+    values = chance.integers(0, steps, (rows, blocks, BLOCK))
+    step = chance.uniform(0.01, 0.1, (rows, blocks)).astype(np.float16).astype(np.float32)
+    low = chance.uniform(-1.2, 0.0, (rows, blocks)).astype(np.float16).astype(np.float32)
+    return values, step, low
+
+
+def dequantized(values: NDArray[np.int64], step: Floats, low: Floats) -> Floats:
+    return (values * step[..., None] + low[..., None]).astype(np.float32).reshape(len(values), -1)
+
+
+@pytest.mark.parametrize("steps", [16, 15, 9, 2])
+def test_the_grid_of_a_4_bit_file_is_found_again(steps: int) -> None:
+    weights = dequantized(*grid(8, 5, steps=steps))
+    found = affine4(weights)
+    assert found is not None
+    blocks, rest = found
+    np.testing.assert_allclose(blocks.weights() + np.repeat(rest, BLOCK, axis=1), weights, atol=2e-5)
+    assert blocks.values.max() <= 15
+    assert blocks.zeros.max() <= 15
+
+
+def test_what_the_zero_points_leave_is_less_than_half_a_step_for_blocks_around_zero() -> None:
+    values, step, _ = grid(8, 5)
+    found = affine4(dequantized(values, step, -7.3 * step))
+    assert found is not None
+    assert (np.abs(found[1]) <= 0.501 * found[0].scales).all()
+
+
+def test_a_symmetric_grid_leaves_nothing() -> None:
+    values, step, _ = grid(8, 5)
+    found = affine4(dequantized(values, step, -8 * step))  # Q4_0
+    assert found is not None
+    assert np.abs(found[1]).max() < 1e-6
+
+
+def test_one_block_off_the_grid_is_enough_to_say_no() -> None:
+    weights = dequantized(*grid(4, 3))
+    weights[2, 40:60] += np.random.default_rng(1).uniform(0, 0.05, 20).astype(np.float32)
+    assert affine4(weights) is None
+    assert affine4(np.random.default_rng(2).normal(size=(4, 96)).astype(np.float32)) is None
+
+
+def test_constant_blocks_are_on_a_grid() -> None:
+    weights = dequantized(*grid(2, 3))
+    weights[0, :BLOCK] = 0
+    weights[1, BLOCK : 2 * BLOCK] = 0.25
+    found = affine4(weights)
+    assert found is not None
+    blocks, rest = found
+    np.testing.assert_allclose(blocks.weights() + np.repeat(rest, BLOCK, axis=1), weights, atol=2e-5)
+
+
+def test_8_bit_blocks_are_exact_for_an_8_bit_file_and_near_for_others() -> None:
+    chance = np.random.default_rng(0)
+    values = chance.integers(-127, 128, (4, 3, BLOCK))
+    values[..., 0] = 127
+    scales = chance.uniform(0.001, 0.01, (4, 3, 1)).astype(np.float16).astype(np.float32)
+    weights = (values * scales).astype(np.float32).reshape(4, -1)  # Q8_0
+    np.testing.assert_allclose(symmetric8(weights).weights(), weights, atol=1e-6)
+    others = chance.normal(size=(4, 96)).astype(np.float32)
+    step = np.abs(others).max() / 127
+    assert np.abs(symmetric8(others).weights() - others).max() <= step / 2 * 1.001
+    assert (symmetric8(np.zeros((1, BLOCK), np.float32)).weights() == 0).all()
+
+
+def test_the_rest_becomes_columns_of_the_block_sums() -> None:
+    weights = dequantized(*grid(8, 5))
+    found = affine4(weights)
+    assert found is not None
+    blocks, rest = found
+    columns = sum_blocks(rest)
+    assert columns.values.shape == (8, 1, BLOCK)
+    assert (columns.weights()[:, 5:] == 0).all()
+    assert np.abs(columns.weights()[:, :5] - rest).max() <= np.abs(rest).max() / 14 * 1.001
+    x = np.random.default_rng(3).normal(size=5 * BLOCK).astype(np.float32)
+    sums = np.zeros(BLOCK, np.float32)
+    sums[:5] = x.reshape(5, BLOCK).sum(axis=1)
+    exact, ours = weights @ x, joined(blocks, columns).weights() @ np.concatenate((x, sums))
+    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 4
+
+
+def test_packed_4_bit_values_come_two_to_a_byte_and_zeros_by_row() -> None:
+    values = np.arange(3 * BLOCK, dtype=np.uint8).reshape(1, 3, BLOCK) % 16
+    blocks = Blocks(values, np.ones((1, 3), np.float32), np.array([[1, 2, 3]], np.uint8), 4)
+    assert blocks.packed().shape == (1, 3, 16)
+    assert blocks.packed()[0, 0, :2].tolist() == [0x10, 0x32]
+    assert blocks.packed_zeros().tolist() == [[0x21, 0x03]]
