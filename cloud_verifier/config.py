@@ -135,7 +135,11 @@ class CloudConfig(Section):
         """Who is served by each step."""
         speculation = self.speculation
         return BestRate(
-            engine.cost_ms, engine.limits.max_rows, speculation.prefill_chunk_tokens, speculation.max_step_ms
+            engine.cost_ms,
+            engine.limits.max_rows,
+            speculation.prefill_chunk_tokens,
+            speculation.max_step_ms,
+            speculation.max_draft_rows,
         )
 
 

@@ -79,6 +79,7 @@ class SpeculationConfig(Section):
     run_ahead: bool
     max_ahead_tokens: Annotated[int, Field(ge=1, le=1024)]
     draft_tokens: Annotated[int, Field(ge=1, le=64)]
+    draft_duty: Annotated[float, Field(ge=0, le=1)]
     message_interval_ms: Annotated[float, Field(ge=0, le=1000)]
 
 

@@ -59,7 +59,7 @@ def make_policy(config: EdgeConfig) -> DraftPolicy:
     """How far to draft ahead, by these settings."""
     speculation = config.speculation
     if speculation.run_ahead:
-        return RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms)
+        return RunAhead(speculation.max_ahead_tokens, speculation.message_interval_ms, speculation.draft_duty)
     return StopAndWait(speculation.draft_tokens)
 
 

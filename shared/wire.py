@@ -3,7 +3,7 @@
 `*_to_wire` trusts its argument: a number that does not fit its field is a bug here, and protobuf raises `ValueError`.
 `*_from_wire` trusts nothing: whatever breaks `protos/outrider/v1/speculation.proto` raises `RemoteProtocolError` with a
 one-line reason. Both ways together give an equal message, except that `queue_ms` and `verify_ms` are rounded to whole
-milliseconds, and `draft_ms`, `step_ms` and the floats of a `SessionStatus` to float32. The enums of
+milliseconds, and `draft_ms`, `rtt_ms`, `step_ms` and the floats of a `SessionStatus` to float32. The enums of
 `shared.core.messages` have the numbers of their protobuf twins.
 """
 
@@ -122,6 +122,7 @@ def cloud_to_wire(message: CloudMessage) -> pb.CloudMessage:
                 queue_ms=round(message.queue_ms),
                 verify_ms=round(message.verify_ms),
                 max_ahead=message.max_ahead,
+                hold_tokens=message.hold_tokens,
             )
             return pb.CloudMessage(commit=commit)
         case NeedTokens():
@@ -323,18 +324,22 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         queue_ms=float(wire.queue_ms),
         verify_ms=float(wire.verify_ms),
         max_ahead=_integer("Commit.max_ahead", wire.max_ahead),
+        hold_tokens=_integer("Commit.hold_tokens", wire.hold_tokens),
     )
 
 
 def _heartbeat_to_wire(message: Heartbeat) -> pb.Heartbeat:
-    return pb.Heartbeat(nonce=message.nonce, committed_len=message.committed_len, draft_ms=message.draft_ms)
+    return pb.Heartbeat(
+        nonce=message.nonce, committed_len=message.committed_len, draft_ms=message.draft_ms, rtt_ms=message.rtt_ms
+    )
 
 
 def _heartbeat_from_wire(wire: pb.Heartbeat) -> Heartbeat:
-    if not 0 <= wire.draft_ms < math.inf:
-        raise RemoteProtocolError(f"Heartbeat.draft_ms is {wire.draft_ms}, not a duration")
+    for name in ("draft_ms", "rtt_ms"):
+        if not 0 <= getattr(wire, name) < math.inf:
+            raise RemoteProtocolError(f"Heartbeat.{name} is {getattr(wire, name)}, not a duration")
     committed_len = _integer("Heartbeat.committed_len", wire.committed_len)
-    return Heartbeat(nonce=wire.nonce, committed_len=committed_len, draft_ms=wire.draft_ms)
+    return Heartbeat(nonce=wire.nonce, committed_len=committed_len, draft_ms=wire.draft_ms, rtt_ms=wire.rtt_ms)
 
 
 def _fingerprint_to_wire(fingerprint: Fingerprint) -> pb.Fingerprint:

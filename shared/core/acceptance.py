@@ -1,5 +1,8 @@
 """How likely the next draft token is to be accepted, learnt from the ones that were judged."""
 
+from collections.abc import Iterable
+from math import prod
+
 
 class Acceptance:
     """Exponentially smoothed per-token acceptance probability.
@@ -10,7 +13,7 @@ class Acceptance:
 
     __slots__ = ("_rate", "_seen")
 
-    WINDOW_TOKENS = 64
+    WINDOW_TOKENS = 128
 
     def __init__(self, prior: float = 0.8) -> None:
         self._rate = prior
@@ -56,6 +59,16 @@ class Calibration:
 
     def __repr__(self) -> str:
         return repr(self._overall)
+
+    @property
+    def overall(self) -> float:
+        """The session's acceptance, whatever the confidence."""
+        return self._overall.rate
+
+    def reach(self, confidences: Iterable[int]) -> float:
+        """The probability that a whole path with these confidences is accepted."""
+        table = self.table
+        return prod([table[confidence >> self.RANGE_BITS] for confidence in confidences])
 
     def observe(self, accepted: bytes, rejected: bytes) -> None:
         """Learn from one judged path: the confidences of the tokens that matched, and of the one that did not."""

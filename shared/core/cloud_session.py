@@ -31,15 +31,16 @@ the step commits re-roots them.
 """
 
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 
 from shared.core.acceptance import Calibration
 from shared.core.acceptance_report import RequestAcceptance
 from shared.core.draft_tree import DraftTree, Grafted, Node
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
+from shared.core.forecast import Forecast
 from shared.core.messages import Commit, Draft, Finish, Open, SessionStatus, Want
-from shared.core.policies import Decodes, Offer
+from shared.core.policies import Decodes, Offer, Outlook
 from shared.core.settings import CloudSettings, SelfDecode
 from shared.core.tokens import TokenLog
 
@@ -77,7 +78,6 @@ class CloudSession:
         self.log = log
         self.cached_len = cached_len
         self.finish = Finish.NONE
-        self.draft_ms = 0.0
         self.stale_tokens = 0
         self.is_suspect = False  # a step that it was part of failed: its next one is its own
         self.stepped_at = now
@@ -87,6 +87,8 @@ class CloudSession:
         self._calibration = Calibration()
         self._acked_len = len(log)
         self._is_plain = opened.want is Want.STREAM or settings.self_decode is SelfDecode.ALWAYS
+        self._forecast = Forecast(len(log), now)
+        self._held_until: float | None = None  # since the last commit or draft; inf: that hold is over
         self._is_starved = False
         self._step: _Step | None = None
         self._offered: list[Node] = []
@@ -98,7 +100,7 @@ class CloudSession:
         return (
             f"<CloudSession {self.key} {self._state}: {len(self.log)} committed, {self.cached_len} cached, "
             f"{self._acked_len} acknowledged, {self._tree!r}, "
-            f"acceptance {self._calibration!r} at {self.draft_ms:.0f} ms>"
+            f"acceptance {self._calibration!r}, {self._forecast!r}>"
         )
 
     @property
@@ -110,6 +112,11 @@ class CloudSession:
     def pending_tokens(self) -> int:
         """Draft tokens that wait to be verified."""
         return len(self._tree)
+
+    @property
+    def held_until(self) -> float | None:
+        """Until when its next step waits for drafts; None: it does not."""
+        return self._held_until if self._held_until is not None and self._held_until < inf else None
 
     @property
     def is_active(self) -> bool:
@@ -139,19 +146,22 @@ class CloudSession:
             num_drafted=self.acceptance.num_draft_tokens,
             num_accepted=self.acceptance.num_accepted_tokens,
             goodput=self.goodput(now),
-            draft_ms=self.draft_ms,
+            draft_ms=self._forecast.draft_ms,
             silent_ms=(now - heard_at) * 1000,
         )
 
-    def acknowledged(self, committed_len: int, draft_ms: float, now: float) -> None:
-        """The edge has seen this many committed tokens. Raises `RemoteProtocolError` for more than there are."""
+    def acknowledged(self, committed_len: int, draft_ms: float, rtt_ms: float, now: float) -> None:
+        """The edge has seen this many committed tokens. Raises `RemoteProtocolError` for more than there are.
+
+        It drafts a token in `draft_ms`, and measured a round trip of `rtt_ms`.
+        """
         if committed_len > len(self.log):
             raise RemoteProtocolError(f"acknowledged {committed_len} tokens of {len(self.log)} committed")
         was_ready = self.is_ready
         self._acked_len = max(self._acked_len, committed_len)
         if self.is_ready and not was_ready:
             self._ready_at = now
-        self.draft_ms = draft_ms
+        self._forecast.draft_ms, self._forecast.rtt_ms = draft_ms, rtt_ms
 
     def drafted(self, draft: Draft, now: float) -> Grafted:
         """Pending drafts arrived; a session that asked for a plain stream has no use for them."""
@@ -163,6 +173,12 @@ class CloudSession:
         else:
             grafted = self._tree.graft(draft)
             self._calibration.refresh()  # now, not when the next step waits for its plan
+            stands = len(draft.tokens) - grafted.stale - grafted.overflow
+            if stands:
+                self._forecast.arrived(draft.start + stands, self._held_until is not None, now)
+                self._held_until = None
+            if grafted.differs:
+                self._forecast.differed(draft.start + stands)
         self.stale_tokens += grafted.stale
         return grafted
 
@@ -173,7 +189,9 @@ class CloudSession:
         self.cached_len = 0
 
     def wake_at(self) -> float | None:
-        """When an offer may come although nothing has arrived since there was none."""
+        """When an offer may come, or be another one, although nothing has arrived."""
+        if self.held_until is not None and self.is_ready:
+            return self.held_until
         waits_for_drafts = self.is_ready and self._settings.self_decode is SelfDecode.OFF and not self._is_starved
         return self._ready_at + self._settings.starved_after_ms / 1000 if waits_for_drafts else None
 
@@ -191,7 +209,14 @@ class CloudSession:
         if not worth and not prefill_rows and decodes is Decodes.NEVER:
             return None
         weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
+        if self._held_until is not None and now >= self._held_until:
+            self._held_until = inf
         return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
+
+    def hold(self, until: float) -> None:
+        """No step before that time, unless drafts come; a hold that goes on keeps its end."""
+        if self._held_until is None:
+            self._held_until = until
 
     def take(self, num_rows: int, now: float) -> Rows:
         """The offer was granted this many rows: a step is in flight. Raises `LocalProtocolError` for no rows."""
@@ -237,6 +262,8 @@ class CloudSession:
         self.log.extend(tokens)
         judged = self._tree.advance(tokens)
         self._tree.limit = max_ahead
+        self._forecast.committed(len(self.log), bool(judged.failed), now)
+        self._held_until = None
         self._calibration.observe(judged.matched, judged.failed)
         self._recent_tokens = self.goodput(now) * _GOODPUT_WINDOW_S + len(tokens)
         self.stepped_at = now
@@ -278,6 +305,23 @@ class CloudSession:
         if self._is_plain or self._is_starved:
             return Decodes.FREELY
         return Decodes.SPARE if self._settings.self_decode is SelfDecode.IDLE else Decodes.NEVER
+
+    def outlook(self, now: float) -> Outlook | None:
+        """What is known, at an offer, of the drafts to come; None where no step should wait for them."""
+        forecast = self._forecast
+        is_told = forecast.draft_ms > 0.0 and forecast.rtt_ms > 0.0
+        if not is_told or self._held_until == inf or self.opened.want is Want.STREAM:
+            return None
+        length = len(self.log)
+        return Outlook(
+            acceptance=self._calibration.overall,
+            draft_ms=forecast.draft_ms,
+            rtt_ms=forecast.answer_ms,
+            unknown_tokens=forecast.unknown_tokens(length),
+            next_ms=forecast.next_ms(length + len(self._tree), now),
+            asked_ms=max(forecast.asked_ms(now), 0.0),
+            most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
+        )
 
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
         """Indices of the accepted nodes, and the tokens that the step commits (up to a stop token)."""

@@ -10,16 +10,19 @@ content: the log may have grown by a commit (the overlap must agree) or been cut
 
 from collections.abc import Sequence
 
-from shared.core.acceptance import Acceptance
+from shared.core.acceptance import Calibration
 from shared.core.effects import Draft, Rollback
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.link import Link
 from shared.core.messages import Commit
 from shared.core.messages import Draft as DraftMessage
-from shared.core.policies import DraftObservation
+from shared.core.policies import BURST_MESSAGES, DraftObservation
+from shared.core.step_clock import StepClock
 from shared.core.tokens import TokenLog, quantize
 
 _GAIN = 0.2
+_USE_FADING = 0.98  # a committed token, of what is known of the use of drafts
+_USE_PRIOR = 4.0  # tokens that were drafted, and of use, before anything is known
 
 
 class DraftPath:
@@ -27,7 +30,8 @@ class DraftPath:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.log = TokenLog(prompt)
-        self.acceptance = Acceptance()
+        self.calibration = Calibration()
+        self.clock = StepClock()
         self.sent_len = len(self.log)
         self.in_flight: Draft | None = None
         self.is_exhausted = False  # the draft context is full
@@ -36,13 +40,15 @@ class DraftPath:
         self._confidence = bytearray(len(self.log))
         self._engine_len = 0
         self._drafting_since = 0.0
-        self._sent_at = 0.0
+        self._is_fresh = False  # nothing was sent since the last cut
+        self._awaited_len = 0  # the verifier holds its step for drafts up to here
+        self._recently_drafted = self._recently_used = _USE_PRIOR
 
     def __len__(self) -> int:
         return len(self.log)
 
     def __repr__(self) -> str:
-        state = f"{self.sent_len} sent, {self._engine_len} in the engine, acceptance {self.acceptance!r}"
+        state = f"{self.sent_len} sent, {self._engine_len} in the engine, acceptance {self.calibration!r}"
         return f"<DraftPath {len(self.log)} tokens, {state}>"
 
     @property
@@ -52,15 +58,25 @@ class DraftPath:
 
     def observe(self, settled_len: int, held_len: int, link: Link, max_ahead: int, now: float) -> DraftObservation:
         """What the policy decides on; the own path begins at `settled_len`, the verifier will hold up to `held_len`."""
+        step = self.clock.next_step(settled_len, self.sent_len, now)
         return DraftObservation(
-            acceptance=self.acceptance.rate,
+            acceptance=self.calibration.overall,
+            reach=self.calibration.reach(self._confidence[settled_len:]),
+            use=self._recently_used / self._recently_drafted,
             draft_ms=self.draft_ms,
-            rtt_ms=link.rtt_ms,
-            until_step_ms=link.until_step_ms(now),
+            jitter_ms=link.variance_ms + self.clock.error_ms,
+            until_step_ms=step.until_ms,
+            step_ms=step.step_ms,
+            spare_tokens=step.spare_tokens,
+            settled_tokens=settled_len,
             ahead_tokens=len(self.log) - settled_len,
             unsent_tokens=max(0, min(len(self.log), held_len) - self.sent_len),
+            awaited_tokens=max(0, min(self._awaited_len, held_len) - self.sent_len),
+            is_fresh=self._is_fresh,
             max_ahead=max_ahead,
-            since_sent_ms=(now - self._sent_at) * 1000,
+            interval_ms=self.clock.interval_at(now),
+            since_sent_ms=self.clock.since_ms(1, now),
+            since_burst_ms=self.clock.since_ms(BURST_MESSAGES, now),
         )
 
     def draft(self, n: int, now: float) -> Draft:
@@ -82,6 +98,7 @@ class DraftPath:
         if draft is None:
             raise LocalProtocolError("drafted without a draft in flight")
         self.is_exhausted = not tokens
+        self._recently_drafted += len(tokens)
         if tokens and len(draft.feed) <= 1 + draft.n:  # a prompt's evaluation says nothing about drafting
             elapsed_ms = (now - self._drafting_since) * 1000 / len(tokens)
             self.draft_ms += (elapsed_ms - self.draft_ms) * (_GAIN if self.draft_ms else 1.0)
@@ -106,12 +123,20 @@ class DraftPath:
             raise RemoteProtocolError(f"token {max(commit.tokens)} is outside of the vocabulary of {vocabulary_size}")
         return commit.tokens[repeated:]
 
-    def lay(self, start: int, tokens: Sequence[int]) -> tuple[int, list[Rollback]]:
-        """Commit tokens at `start`: cut the own path where it differs; returns how many it had right."""
+    def lay(self, start: int, tokens: Sequence[int], num_accepted: int, hold_tokens: int) -> tuple[int, list[Rollback]]:
+        """Commit tokens at `start`: cut the own path where it differs; returns how many it had right.
+
+        The verifier had use for `num_accepted` drafts, and holds its next step for `hold_tokens` further ones.
+        """
         ahead = len(self.log) - start
         matched = self.log.match(start, tokens)
-        if ahead:
-            self.acceptance.observe(matched, matched < min(ahead, len(tokens)))
+        end, failed = start + matched, int(matched < min(ahead, len(tokens)))
+        self.calibration.observe(bytes(self._confidence[start:end]), bytes(self._confidence[end : end + failed]))
+        self.calibration.refresh()
+        fading = _USE_FADING ** len(tokens)
+        self._recently_used = self._recently_used * fading + num_accepted
+        self._recently_drafted *= fading
+        self._awaited_len = start + len(tokens) + hold_tokens
         effects = self._cut(start + matched) if matched < len(tokens) else []
         self._append(tokens[matched:], bytes(len(tokens) - matched))
         self.sent_len = max(self.sent_len, start + len(tokens))
@@ -120,7 +145,9 @@ class DraftPath:
     def send(self, held_len: int, now: float) -> DraftMessage:
         """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent."""
         start, end = self.sent_len, min(len(self.log), held_len)
-        self.sent_len, self._sent_at = end, now
+        self._is_fresh = False
+        self.clock.sent(end, start < self._awaited_len, now)
+        self.sent_len = end
         confidence = bytes(self._confidence[start:end])
         return DraftMessage(start, self.log.hash_at(start), self.log.tokens(start, end), confidence)
 
@@ -134,6 +161,8 @@ class DraftPath:
         self.log.truncate(length)
         del self._confidence[length:]
         self.sent_len = min(self.sent_len, length)
+        self._is_fresh = True
+        self.clock.cut(length)
         if self._engine_len <= length:
             return []
         self._engine_len = length

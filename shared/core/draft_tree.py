@@ -37,11 +37,15 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Grafted:
-    """What became of a draft's tokens: new nodes, and tokens dropped as stale or over the limit."""
+    """What became of a draft's tokens: new nodes, and tokens dropped as stale or over the limit.
+
+    Those before the dropped ones stand. `differs`: the first stale one is another than the committed token there.
+    """
 
     added: int
     stale: int
     overflow: int
+    differs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class DraftTree:
             stands = self._log.has_prefix(draft.start, draft.parent_hash)
             common = self._log.match(draft.start, tokens) if stands else 0
             if common < min(committed, len(tokens)):
-                return Grafted(0, len(tokens) - common, 0)
+                return Grafted(0, len(tokens) - common, 0, differs=stands)
             parent: Node | None = self._root
         elif draft.parent_hash == self._root.prefix_hash:
             parent = self._root
@@ -89,7 +93,7 @@ class DraftTree:
             parent = self._nodes.get(draft.parent_hash)
         if parent is None or (not committed and parent.position + 1 != draft.start):
             return Grafted(0, len(tokens), 0)
-        return self._attach(parent, tokens[committed:], draft.confidence[committed:])
+        return self._attach(parent, tokens, draft.confidence, min(committed, len(tokens)))
 
     def advance(self, tokens: Sequence[int]) -> Judged:
         """Re-root along tokens that were just committed (and appended to the log)."""
@@ -140,9 +144,11 @@ class DraftTree:
             worth.append(path_worth)
         return nodes, worth
 
-    def _attach(self, parent: Node, tokens: Sequence[int], confidence: bytes) -> Grafted:
+    def _attach(self, parent: Node, tokens: Sequence[int], confidence: bytes, begin: int) -> Grafted:
+        """Hang `tokens` from index `begin` on; the ones before are committed."""
         added = 0
-        for index, token in enumerate(tokens):
+        for index in range(begin, len(tokens)):
+            token = tokens[index]
             child = parent.children.get(token)
             if child is None:
                 if len(self._nodes) >= self.limit:

@@ -187,7 +187,8 @@ class EdgeSession:
         tokens = self.path.news(commit, start, self._request.vocabulary.size)
         self._max_ahead = commit.max_ahead or self._max_ahead
         self.path.sent_len = min(self.path.sent_len, start + self._max_ahead)  # the verifier dropped what is beyond
-        matched, rollbacks = self.path.lay(start, tokens)
+        self.path.clock.committed(commit.num_drafted, commit.queue_ms, commit.verify_ms, self.link.rtt_ms, now)
+        matched, rollbacks = self.path.lay(start, tokens, commit.num_accepted, commit.hold_tokens)
         self.committed_len = self._known_len = start + len(tokens)
         self._patience_until = now + self._settings.patience_ms / 1000
         self._dialler.progressed()
@@ -226,7 +227,7 @@ class EdgeSession:
             if ending is not Finish.NONE:
                 return effects + self._finish(ending)
         if self._is_up and now >= self.link.next_heartbeat_at:
-            heartbeat = Heartbeat(self.link.heartbeat(now), self.committed_len, self.path.draft_ms)
+            heartbeat = Heartbeat(self.link.heartbeat(now), self.committed_len, self.path.draft_ms, self.link.rtt_ms)
             effects.append(Send(self._dialler.stream, heartbeat))
         if self.phase is Phase.DONE or (self._request.want is Want.STREAM and not self._shows_local):
             return effects

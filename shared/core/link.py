@@ -5,15 +5,12 @@ hour. While a stream is up the edge sends a heartbeat every `heartbeat_ms` and t
 longest silence to expect on a live link is one heartbeat interval plus a round trip. RTT smoothing and its variance
 follow RFC 6298 (section 2); the stall deadline plays the part of its retransmission timeout.
 
-The verifier takes drafts only between two of its steps, and each commit is sent at such a moment. So commits tell its
-rhythm: one arrived `since` ms ago, and a message sent now lands `since + RTT` ms after the step began that followed it.
-
 Times are seconds on the caller's monotonic clock, durations milliseconds.
 """
 
 from dataclasses import dataclass
 
-from shared.core.messages import CloudMessage, Commit, Heartbeat
+from shared.core.messages import CloudMessage, Heartbeat
 
 _GAIN_RTT = 1 / 8  # RFC 6298's alpha
 _GAIN_VARIANCE = 1 / 4  # RFC 6298's beta
@@ -39,8 +36,6 @@ class Link:
         self._sent_at: dict[int, float] = {}
         self._heard_at = 0.0
         self._next_heartbeat_at = 0.0
-        self._committed_at = 0.0
-        self._step_ms = 0.0
 
     def __repr__(self) -> str:
         return f"<Link rtt {self.rtt_ms:.0f}+-{self._variance_ms:.0f} ms, patience {self.silence_ms:.0f} ms>"
@@ -49,6 +44,11 @@ class Link:
     def rtt_ms(self) -> float:
         """Smoothed round trip, ms; 0 before the first echo."""
         return self._srtt_ms or 0.0
+
+    @property
+    def variance_ms(self) -> float:
+        """How far round trips are from the smoothed one, on average."""
+        return self._variance_ms
 
     @property
     def silence_ms(self) -> float:
@@ -81,22 +81,11 @@ class Link:
         self._next_heartbeat_at = now + self._settings.heartbeat_ms / 1000
         return self._nonce
 
-    def until_step_ms(self, now: float) -> float:
-        """How long after a message sent now would land the verifier's next step begins; 0 while unknown."""
-        if not self._step_ms:
-            return 0.0
-        return self._step_ms - ((now - self._committed_at) * 1000 + self.rtt_ms) % self._step_ms
-
     def heard(self, message: CloudMessage, now: float) -> None:
         """Something arrived from the verifier. An echo of an unknown or repeated nonce teaches nothing."""
         self._heard_at = now
-        match message:
-            case Heartbeat(nonce=nonce) if nonce in self._sent_at:
-                self._measured((now - self._sent_at.pop(nonce)) * 1000)
-            case Commit(queue_ms=queue_ms, verify_ms=verify_ms):
-                self._committed_at, self._step_ms = now, queue_ms + verify_ms
-            case _:
-                pass
+        if isinstance(message, Heartbeat) and message.nonce in self._sent_at:
+            self._measured((now - self._sent_at.pop(message.nonce)) * 1000)
 
     def _measured(self, rtt_ms: float) -> None:
         if self._srtt_ms is None:

@@ -116,6 +116,7 @@ class Heartbeat:
     nonce: int
     committed_len: int
     draft_ms: float = 0.0
+    rtt_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class Commit:
     """Target tokens for positions `start`, ...: `num_accepted` accepted drafts, then one next_token.
 
     `num_drafted` draft tokens were evaluated in this step. `max_ahead` is how many tokens beyond `committed_len` the
-    verifier is willing to hold pending.
+    verifier is willing to hold pending; for the first `hold_tokens` of them its next step waits (for a time).
     """
 
     start: int
@@ -141,6 +142,7 @@ class Commit:
     queue_ms: float = 0.0
     verify_ms: float = 0.0
     max_ahead: int = 0
+    hold_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,23 +5,43 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+BURST_MESSAGES = 6  # a pace is kept over so many
+
 
 @dataclass(frozen=True, slots=True)
 class DraftObservation:
-    """What the run-ahead policy decides on.
+    """What the run-ahead policy decides on. Durations in ms.
 
-    `ahead_tokens` is the own path beyond committed, `unsent_tokens` of it not sent. `until_step_ms`: how long a message
-    sent now would wait at the verifier for its next step. Durations in ms.
+    How good drafts are: `acceptance` is the probability that one more token of a path that stands is right, `reach`
+    that all of the own path is, `use` the part of what was drafted lately that a step accepted.
+
+    When a message would be in time: one sent within `until_step_ms` lands before a step of the verifier begins, for
+    which `spare_tokens` are there already; the step before takes `step_ms`. `jitter_ms` is how far such forecasts are
+    off. Commits come every `interval_ms`; 0: not known yet.
+
+    The own path goes on behind `settled_tokens` by `ahead_tokens`; `unsent_tokens` of it are not sent, and for
+    `awaited_tokens` of those the verifier holds its next step. It takes `max_ahead` of them in. `is_fresh`: nothing was
+    sent since the path was last cut. `since_sent_ms` is the time since the last message with drafts, `since_burst_ms`
+    since the one `BURST_MESSAGES` - 1 before it.
     """
 
     acceptance: float
+    reach: float
+    use: float
     draft_ms: float
-    rtt_ms: float
+    jitter_ms: float
     until_step_ms: float
+    step_ms: float
+    spare_tokens: int
+    settled_tokens: int
     ahead_tokens: int
     unsent_tokens: int
+    awaited_tokens: int
+    is_fresh: bool
     max_ahead: int
+    interval_ms: float
     since_sent_ms: float
+    since_burst_ms: float
 
 
 class DraftPolicy(Protocol):
@@ -44,13 +64,34 @@ class Decodes(Enum):
     NEVER = "never"
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is known of the drafts to come for one session. Durations in ms.
+
+    `acceptance` is the probability that the next token of a path that stands is right, `draft_ms` the edge's time to
+    draft one, `rtt_ms` from a commit to the arrival of what was drafted at once on hearing of it. The first
+    `unknown_tokens` of the path on its way are committed already: only if they agree is the rest of use. The first
+    useful token is expected in `next_ms`; what the last commit asks for, in `asked_ms` at the earliest. A step has room
+    for `most_drafts`.
+    """
+
+    acceptance: float
+    draft_ms: float
+    rtt_ms: float
+    unknown_tokens: int
+    next_ms: float
+    asked_ms: float
+    most_drafts: int
+
+
 @dataclass(slots=True)
 class Offer:
     """What one session could put into the next step; not frozen, because thousands of them are made each second.
 
     `prefill_rows` committed tokens come before the last one and must be evaluated first; `worth[i]` is the probability
     that draft row i commits its token, in the order in which rows are taken, never rising. `weight` is what a committed
-    token of this session counts, `waited_ms` how long the session has been ready.
+    token of this session counts, `waited_ms` how long the session has been ready. `outlook` is None where nothing is
+    to be waited for.
     """
 
     prefill_rows: int
@@ -58,13 +99,26 @@ class Offer:
     decodes: Decodes
     weight: float
     waited_ms: float
+    outlook: Outlook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allotment:
+    """What a step policy decided: rows of each offer, or to wait `hold_ms` at most for drafts.
+
+    `hold_tokens` is how many of them, pending ones included; 0: no hold.
+    """
+
+    rows: Sequence[int]
+    hold_tokens: int = 0
+    hold_ms: float = 0.0
 
 
 class StepPolicy(Protocol):
     """Which sessions a target step serves, and how many rows each may use."""
 
-    def allot(self, offers: Sequence[Offer]) -> list[int]:
-        """Rows of each offer, 0: not in this step.
+    def allot(self, offers: Sequence[Offer]) -> Allotment:
+        """Rows of each offer, 0: not in this step; or a hold.
 
         Up to `prefill_rows` they are a prefill chunk; one more evaluates the last committed token and commits its
         successor; further ones are draft rows.

@@ -14,7 +14,7 @@ fails alone is given up, the others have lost time only.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from shared.core.cache_ledger import CacheLedger
@@ -131,10 +131,18 @@ class SessionTable:
                     offered = [(session, offer)]
                     break
                 offered.append((session, offer))
-        grants = self._policy.allot([offer for _, offer in offered]) if offered else []
         plan = Plan([], [])
+        if not offered:
+            self._room_at = inf
+            return plan
+        if len(offered) == 1:
+            ((session, offer),) = offered
+            offer.outlook = session.outlook(now)
+        allotment = self._policy.allot([offer for _, offer in offered])
+        if allotment.hold_tokens:
+            session.hold(now + allotment.hold_ms / 1000)
         self._room_at = inf
-        for (session, offer), num_rows in zip(offered, grants, strict=True):
+        for (session, offer), num_rows in zip(offered, allotment.rows, strict=True):
             if not num_rows:
                 continue
             if plan.effects and len(session.log) - 1 - session.cached_len != offer.prefill_rows:
@@ -158,7 +166,9 @@ class SessionTable:
             self.ledger.served(session)
             effects.append(Keep(session.key, stepped.start, stepped.kept_rows))
             if stepped.commit is not None:
-                effects.append(Send(self._stream_of[session.key], stepped.commit))
+                hold_tokens = self._hold_tokens(session, now) if len(planned) == 1 else 0
+                commit = replace(stepped.commit, hold_tokens=hold_tokens)
+                effects.append(Send(self._stream_of[session.key], commit))
         return effects + self._go_on(now)
 
     def failed(self, now: float) -> list[CloudEffect]:
@@ -198,6 +208,15 @@ class SessionTable:
         times += [self._room_at] if self._room_at < inf else []
         return min(times, default=None)
 
+    def _hold_tokens(self, session: CloudSession, now: float) -> int:
+        """For how many drafts the next step will wait: its edge must know what is waited for."""
+        is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
+        offer = session.offer(now) if is_alone else None
+        if offer is None:
+            return 0
+        offer.outlook = session.outlook(now)
+        return self._policy.allot([offer]).hold_tokens
+
     # -- messages ---------------------------------------------------------------------------------------------------
 
     def _must_wait(self, state: _Stream, message: Open | Draft | Close) -> bool:
@@ -230,7 +249,7 @@ class SessionTable:
         match message:
             case Heartbeat():
                 if state.session is not None:
-                    state.session.acknowledged(message.committed_len, message.draft_ms, now)
+                    state.session.acknowledged(message.committed_len, message.draft_ms, message.rtt_ms, now)
                 committed_len = len(state.session.log) if state.session else 0
                 return [Send(stream, Heartbeat(message.nonce, committed_len))]
             case Open():

@@ -135,14 +135,16 @@ class Draft(_message.Message):
     def __init__(self, start: _Optional[int] = ..., parent_hash: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., confidence: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("nonce", "committed_len", "draft_ms")
+    __slots__ = ("nonce", "committed_len", "draft_ms", "rtt_ms")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
     DRAFT_MS_FIELD_NUMBER: _ClassVar[int]
+    RTT_MS_FIELD_NUMBER: _ClassVar[int]
     nonce: int
     committed_len: int
     draft_ms: float
-    def __init__(self, nonce: _Optional[int] = ..., committed_len: _Optional[int] = ..., draft_ms: _Optional[float] = ...) -> None: ...
+    rtt_ms: float
+    def __init__(self, nonce: _Optional[int] = ..., committed_len: _Optional[int] = ..., draft_ms: _Optional[float] = ..., rtt_ms: _Optional[float] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("reason",)
@@ -151,7 +153,7 @@ class Close(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead")
+    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +162,7 @@ class Commit(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     VERIFY_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    HOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     start: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     num_drafted: int
@@ -168,7 +171,8 @@ class Commit(_message.Message):
     queue_ms: int
     verify_ms: int
     max_ahead: int
-    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ...) -> None: ...
+    hold_tokens: int
+    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ...) -> None: ...
 
 class NeedTokens(_message.Message):
     __slots__ = ()

@@ -1,45 +1,97 @@
 """How far the edge drafts ahead, and when it sends: pure decisions on what was observed.
 
-Run-ahead drafts on without waiting for answers. Two things bound it. A token at depth d of the own path is worth
-acceptance^d committed tokens, so beyond the depth where that falls under `_MIN_WORTH` the drafts are mostly wasted
-energy and bytes (DySpec, 2410.11744, stops growing a tree by the same threshold). And the verifier says how much it
-will hold.
+Run-ahead drafts on without waiting for answers. Two things bound it: what a further token is worth, and what the
+verifier will hold. A token is worth the probability that the whole path up to it is right, by calibrated confidence;
+below `_LEAST_WORTH` the rest of a path is wasted energy and bytes (DySpec, 2410.11744, stops growing a tree by the same
+threshold). Tokens are also not drafted while hardly any of them is of use: because most are wrong, or because the
+verifier goes on faster by itself (cloud-only: drafting 0 tokens is a legal answer). Then only samples are drafted, so
+that better times are noticed and the engine stays warm. `draft_duty` below 1 raises both prices for devices that save
+energy.
+
+A message goes when it decides something. If the verifier holds its step, as soon as the tokens that it waits for are
+here: how many the verifier chose for the most committed tokens per ms of drafting, link and forward (FlexSpec's K* is
+that choice for one round of stop-and-wait; a longer delay makes it larger). Or sooner, if the path has become so
+unlikely that drafting stopped (with both, PipeSD's dual trigger). If the verifier goes on by itself, just before its
+next step begins, with all that is drafted by then.
 """
 
 import math
 from dataclasses import dataclass
 
-from shared.core.policies import DraftObservation
+from shared.core.policies import BURST_MESSAGES, DraftObservation
 
-_MIN_WORTH = 0.1
-_SAFETY_MS = 5.0  # land this long before the step: its duration and the round trip vary
+_LEAST_WORTH = 0.03
+_LEAST_USE = 0.02
+_SAMPLE_EVERY_TOKENS = 64  # committed ones
+_SAMPLE_TOKENS = 16
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
+_SAFETY_MS = 1.0  # land this long before the step, and
+_SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
+_GRAIN_MS = 0.5  # timers fire a little early or late
+_LEAST_SHARE = 0.6  # of the time between two commits: forecasts fail where the verifier or the link is uneven
+_SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 
 
 @dataclass(frozen=True, slots=True)
 class RunAhead:
-    """Draft on while the verifier works; send just in time for its next step, at most every `message_interval_ms`."""
+    """Draft on while the verifier works; send just in time for its next step.
+
+    Messages are `message_interval_ms` apart on average, over a few of them: a rejection can be answered at once.
+    """
 
     max_ahead_tokens: int = 48
     message_interval_ms: float = 42.0
+    draft_duty: float = 1.0
 
     def draft_tokens(self, seen: DraftObservation) -> int:
         """Tokens to draft now: a few at a time, up to the depth that acceptance justifies."""
-        room = min(self._depth(seen.acceptance), self.max_ahead_tokens, seen.max_ahead) - seen.ahead_tokens
-        chunk = max(1, min(8, int(_CHUNK_MS / seen.draft_ms))) if seen.draft_ms else 1
-        return max(0, min(room, chunk))
+        price = 1.0 - self.draft_duty
+        is_sampling = seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
+        if seen.use < max(price, _LEAST_USE) and not is_sampling:
+            return 0
+        room = min(
+            self._worthwhile(seen, max(price, _LEAST_WORTH)),
+            self.max_ahead_tokens - seen.ahead_tokens,
+            seen.max_ahead - seen.ahead_tokens,
+        )
+        return max(0, min(room, self._chunk(seen)))
 
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         """Until the message would land just before the verifier's next step: sooner gains nothing.
 
-        Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so they keep an interval.
+        Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so there is one a step at most.
         """
-        return max(0.0, self.message_interval_ms - seen.since_sent_ms, seen.until_step_ms - _SAFETY_MS)
+        pause_ms = max(0.0, self.message_interval_ms * BURST_MESSAGES - seen.since_burst_ms)
+        if not seen.is_fresh and not seen.awaited_tokens:
+            pause_ms = max(pause_ms, _LEAST_SHARE * seen.interval_ms - seen.since_sent_ms)
+        if seen.awaited_tokens:
+            return math.inf if seen.unsent_tokens < seen.awaited_tokens and is_drafting else pause_ms
+        if seen.spare_tokens >= _SPARE_TOKENS:
+            return math.inf
+        wait_ms = seen.until_step_ms - self._safety_ms(seen)
+        if wait_ms < 0.0 and seen.since_sent_ms < _GRAIN_MS - wait_ms:
+            wait_ms += seen.step_ms  # this step has its message
+        return max(pause_ms, wait_ms)
 
-    def _depth(self, acceptance: float) -> int:
-        if acceptance >= 0.999:
+    def _worthwhile(self, seen: DraftObservation, least_worth: float) -> int:
+        """How many more tokens are likely enough to be right."""
+        if seen.reach <= least_worth:
+            return 0
+        if seen.acceptance >= 0.999:
             return self.max_ahead_tokens
-        return max(1, int(math.log(_MIN_WORTH) / math.log(max(acceptance, 1e-3))))
+        return math.ceil(math.log(least_worth / seen.reach) / math.log(max(seen.acceptance, 1e-3)))
+
+    def _chunk(self, seen: DraftObservation) -> int:
+        """Tokens of one call: it ends when a message is due, and when nothing is known takes a single one."""
+        if not seen.draft_ms:
+            return 1
+        left_ms = seen.until_step_ms - self._safety_ms(seen)
+        in_time = int((min(left_ms, _CHUNK_MS) if left_ms > 0.0 else _CHUNK_MS) / seen.draft_ms)
+        lacking = seen.awaited_tokens - seen.unsent_tokens
+        return max(1, min(8, in_time, lacking if lacking > 0 else 8))
+
+    def _safety_ms(self, seen: DraftObservation) -> float:
+        return _SAFETY_MS + _SAFETY_JITTERS * seen.jitter_ms
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.core.policies import Decodes, Offer
+from shared.core.policies import Allotment, Decodes, Offer, Outlook
+from shared.policy.step_rule import StepRule
 
+_SLACK_MS = 3.0  # a hold waits this much longer than it should take, and a part of the round trip: links jitter
+_SLACK_SHARE = 0.25
 LEAST_CHUNK_ROWS = 16  # a prompt always goes on by so many rows a step
 
 _Floats = NDArray[np.float64]
@@ -53,15 +56,28 @@ class BestRate:
         max_rows: int,
         prefill_chunk_tokens: int = 256,
         max_step_ms: float = 200.0,
+        max_draft_rows: int = 16,
     ) -> None:
         self._cost: _Floats = np.array([cost_ms(max(rows, 1)) for rows in range(max_rows + 1)])
         self._max_rows = max_rows
         self._chunk_rows = min(prefill_chunk_tokens, max_rows)
         self._max_wait_ms = max_step_ms
+        self._step_rule = StepRule(self._cost[: max_draft_rows + 2])
         self._rows_in_time = max(int(np.searchsorted(self._cost, max_step_ms, side="right")) - 1, 0)
 
-    def allot(self, offers: Sequence[Offer]) -> list[int]:
-        """Rows of each offer; see `StepPolicy`."""
+    def allot(self, offers: Sequence[Offer]) -> Allotment:
+        """See `StepPolicy`."""
+        if len(offers) == 1 and offers[0].outlook is not None and not offers[0].prefill_rows:
+            return self._allot_one(offers[0], offers[0].outlook)
+        return Allotment(self._allot_shared(offers))
+
+    def _allot_one(self, offer: Offer, outlook: Outlook) -> Allotment:
+        choice = self._step_rule.choose(offer.worth, outlook, offer.decodes is not Decodes.NEVER)
+        if choice.drafts > len(offer.worth):
+            return Allotment([0], choice.drafts, choice.hold_ms + _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms)
+        return Allotment([1 + choice.drafts])
+
+    def _allot_shared(self, offers: Sequence[Offer]) -> list[int]:
         grants = [0] * len(offers)
         self._allot_late(offers, grants)
         prompts = [index for index, offer in enumerate(offers) if offer.prefill_rows]

@@ -20,6 +20,7 @@ from shared.testing.engines import ToyDraft, ToyModel, ToyTarget
 from shared.testing.link_model import LinkModel
 
 BURST_MESSAGES_PER_S = 32  # the budget is 30 on average; a window may begin and end with one more
+LONGEST_HOLD_S = 1.0
 
 
 @dataclass(slots=True)
@@ -185,6 +186,16 @@ class Checks:
         self.visits["prefill:shared"] += sum(rows.first_selected > 0 for rows in batch) > 1
         if prefill_rows > chunk_tokens:
             self.violations.append(f"a prefill of {prefill_rows} rows in one step, {chunk_tokens} allowed")
+
+    def held(self, table: SessionTable, is_stepping: bool, now: float) -> None:
+        """A verifier that could step and does not waits for drafts, not longer than for a slow link's answer."""
+        for session in table.sessions:
+            if not is_stepping and session.held_until is not None and session.held_until > now:
+                self.visits["hold"] += 1
+                if session.held_until > now + LONGEST_HOLD_S:
+                    self.violations.append(
+                        f"verifier at {now:.3f} s: holds until {session.held_until:.3f} s: {session!r}"
+                    )
 
     def rests(self, table: SessionTable, now: float) -> None:
         """A verifier with nothing to do sleeps until a time to come."""

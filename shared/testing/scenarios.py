@@ -42,6 +42,7 @@ MUST_VISIT = {
     **dict.fromkeys(("fault:overload", "fault:slow", "fault:late_delivery", "fault:silent_edge"), 50),
     "budget": 20,
     "evicted": 20,
+    "hold": 100,
     **dict.fromkeys(("effect:Truncate", "effect:Share", "fault:forward", "prefill:shared"), 50),
     **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
 }

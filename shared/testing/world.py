@@ -318,6 +318,7 @@ class World:
         if self.table.is_stepping:
             return
         plan = self.table.plan(self.now)
+        self.checks.held(self.table, bool(plan.batch), self.now)
         self._carry_out(plan.effects)
         if not plan.batch:
             return

@@ -21,7 +21,7 @@ from shared.core.messages import (
     Sampling,
     Want,
 )
-from shared.core.policies import Offer
+from shared.core.policies import Allotment, Offer
 from shared.core.settings import CloudSettings, TableSettings
 from shared.core.tokens import TokenLog
 from shared.metrics import StepReport, VerifierMetrics
@@ -172,10 +172,10 @@ class Everything:
         self.plan_ms = 0.0
         self._clock = clock
 
-    def allot(self, offers: Sequence[Offer]) -> list[int]:
+    def allot(self, offers: Sequence[Offer]) -> Allotment:
         if self.plan_ms:
             self._clock.move(self.plan_ms)
-        return [offer.prefill_rows + 1 + len(offer.worth) for offer in offers]
+        return Allotment([offer.prefill_rows + 1 + len(offer.worth) for offer in offers])
 
 
 class RecordingMetrics(VerifierMetrics):

@@ -99,10 +99,10 @@ def test_the_step_policy_is_the_configured_one() -> None:
     """A long prompt is read by chunks of the configured size, and within the engine's rows, whatever it asks for."""
     prompt = Offer(prefill_rows=5000, worth=(), decodes=Decodes.FREELY, weight=1.0, waited_ms=0.0)
     target = ToyTarget(HashModel(1), base_ms=10.0, row_ms=1.0)
-    assert load(speculation__prefill_chunk_tokens=100).step_policy(target).allot([prompt]) == [100]
-    assert load(speculation__prefill_chunk_tokens=8000).step_policy(target).allot([prompt]) == [2048]
+    assert load(speculation__prefill_chunk_tokens=100).step_policy(target).allot([prompt]).rows == [100]
+    assert load(speculation__prefill_chunk_tokens=8000).step_policy(target).allot([prompt]).rows == [2048]
     running = Offer(prefill_rows=0, worth=(), decodes=Decodes.FREELY, weight=1.0, waited_ms=0.0)
-    assert load(speculation__max_step_ms=60).step_policy(target).allot([prompt, running]) == [49, 1]
+    assert load(speculation__max_step_ms=60).step_policy(target).allot([prompt, running]).rows == [49, 1]
 
 
 @pytest.mark.parametrize("written", ["off", '"off"'])

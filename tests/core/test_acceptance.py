@@ -87,3 +87,13 @@ def test_old_observations_of_a_range_fade_after_the_window() -> None:
         calibration.observe(b"", bytes((255,)))
     calibration.refresh()
     assert calibration.table[7] < 0.45  # 1,000 old ones against 64 new ones: (1 - 1/64)^64 of them is left
+
+
+def test_reach_is_the_chance_of_a_whole_path() -> None:
+    calibration = Calibration()
+    assert calibration.overall == 0.8
+    assert calibration.reach([]) == 1.0
+    assert calibration.reach([10, 200]) == pytest.approx(0.8**2)
+    calibration.observe(bytes((255,)) * 50, bytes((10,)) * 10)
+    assert calibration.reach([255, 255]) == pytest.approx(calibration.table[7] ** 2)
+    assert calibration.reach([255, 10]) == pytest.approx(calibration.table[7] * calibration.table[0])

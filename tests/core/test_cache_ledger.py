@@ -155,7 +155,7 @@ def test_parked_session_gives_its_prefix_and_so_do_the_tokens_it_committed() -> 
     ledger = ledger_of()
     session = running(ledger, "me/a", (1, 2, 3))
     for _ in range(30):
-        session.acknowledged(len(session.log), 0.0, 0.0)
+        session.acknowledged(len(session.log), 0.0, 0.0, 0.0)
         served(ledger, session)
     turn = session.log.tokens()
     assert len(turn) == 34

@@ -82,7 +82,7 @@ def test_weight_is_one_by_the_smoothed_goodput() -> None:
 def test_steady_goodput_is_what_it_is() -> None:
     session = session_of(replace(OPEN, max_new_tokens=90))
     for count in range(1, 81):
-        session.acknowledged(len(session.log), 0.0, now=count / 20)
+        session.acknowledged(len(session.log), 0.0, rtt_ms=0.0, now=count / 20)
         planned(session, now=count / 20)
         session.stepped((9,), 1.0, 8, now=count / 20)
     assert session.goodput(4.0) == pytest.approx(20 * (1 - exp(-2)), rel=0.03)
@@ -131,8 +131,8 @@ def test_reader_that_acknowledges_nothing_costs_no_forwards() -> None:
         session.stepped((9,), 1.0, 8, now=0.0)
     assert planned(session) is None
     assert session.wake_at() is None  # only a message can help
-    session.acknowledged(4, draft_ms=13.0, now=0.0)
-    assert session.draft_ms == 13.0
+    session.acknowledged(4, draft_ms=13.0, rtt_ms=0.0, now=0.0)
+    assert session.status(0.0, 0.0).draft_ms == 13.0
     assert planned(session) is not None
 
 
@@ -140,14 +140,14 @@ def test_old_acknowledgement_takes_nothing_back() -> None:
     session = session_of()
     planned(session)
     session.stepped((9,), 1.0, 8, now=0.0)
-    session.acknowledged(4, 0.0, 0.0)
-    session.acknowledged(3, 0.0, 0.0)
+    session.acknowledged(4, 0.0, 0.0, 0.0)
+    session.acknowledged(3, 0.0, 0.0, 0.0)
     assert "4 acknowledged" in repr(session)
 
 
 def test_acknowledging_what_was_never_committed_is_the_peers_error() -> None:
     with pytest.raises(RemoteProtocolError, match="acknowledged 4 tokens of 3 committed"):
-        session_of().acknowledged(4, 0.0, 0.0)
+        session_of().acknowledged(4, 0.0, 0.0, 0.0)
 
 
 def test_nothing_is_offered_or_taken_over_a_step() -> None:
@@ -181,9 +181,9 @@ def test_waiting_for_an_acknowledgement_is_no_waiting_for_the_verifier() -> None
     for _ in range(6):
         planned(session)
         session.stepped((9,), 1.0, 8, now=0.0)
-    session.acknowledged(5, 0.0, now=3.0)
+    session.acknowledged(5, 0.0, rtt_ms=0.0, now=3.0)
     assert offered(session, now=3.5).waited_ms == pytest.approx(500.0)
-    session.acknowledged(6, 0.0, now=3.6)  # it was ready before
+    session.acknowledged(6, 0.0, rtt_ms=0.0, now=3.6)  # it was ready before
     assert offered(session, now=3.7).waited_ms == pytest.approx(700.0)
 
 
@@ -197,7 +197,7 @@ def test_session_is_active_while_its_text_goes_on_and_its_edge_keeps_up() -> Non
         planned(session)
         step(session, 9)
     assert (session.is_active, session.is_ready) == (False, False)
-    session.acknowledged(9, 0.0, 0.0)
+    session.acknowledged(9, 0.0, 0.0, 0.0)
     assert (session.is_active, session.is_ready) == (True, True)
     planned(session)
     assert commit_of(step(session, 9)).finish is Finish.LENGTH
@@ -211,7 +211,7 @@ def test_status_is_what_an_operator_is_shown() -> None:
     planned(session)
     assert session.status(heard_at=0.0, now=0.0).state == "stepping"
     session.stepped((5, 6, 9, 1), 1.0, 8, now=1.0)
-    session.acknowledged(5, draft_ms=13.0, now=1.0)
+    session.acknowledged(5, draft_ms=13.0, rtt_ms=0.0, now=1.0)
     assert session.status(heard_at=0.5, now=1.0) == SessionStatus(
         session="me/s",
         state="ready",
@@ -235,7 +235,7 @@ def test_status_tells_a_session_that_waits_for_its_edge_from_one_that_has_ended(
         planned(session)
         step(session, 9)
     assert session.status(0.0, 0.0).state == "waiting"
-    session.acknowledged(9, 0.0, 0.0)
+    session.acknowledged(9, 0.0, 0.0, 0.0)
     planned(session)
     step(session, STOP)
     assert session.status(0.0, 0.0).state == "finished"
@@ -244,7 +244,8 @@ def test_status_tells_a_session_that_waits_for_its_edge_from_one_that_has_ended(
 def test_repr_is_the_whole_state() -> None:
     session = session_of()
     session.drafted(draft_on(session, 5), now=0.0)
-    state = "3 committed, 2 cached, 3 acknowledged, <DraftTree 1 pending, depth 1>, acceptance 0.80 at 0 ms"
+    drafts = "<DraftTree 1 pending, depth 1>, acceptance 0.80, <Forecast 4 known, 0.0 ms each, 0 ms to answer>"
+    state = f"3 committed, 2 cached, 3 acknowledged, {drafts}"
     assert repr(session) == f"<CloudSession me/s ready: {state}>"
     planned(session)
     assert repr(session) == f"<CloudSession me/s stepping: {state}>"

@@ -1,3 +1,5 @@
+from math import inf
+
 import pytest
 
 from shared.core.draft_path import DraftPath
@@ -62,7 +64,7 @@ def test_path_ends_at_a_stop_token() -> None:
 def test_commit_that_came_meanwhile_and_agrees_keeps_the_rest_of_the_draft() -> None:
     path = DraftPath((1,))
     path.draft(3, now=0.0)
-    assert path.lay(1, (5,)) == (0, [])
+    assert path.lay(1, (5,), 0, 0) == (0, [])
     assert path.drafted((5, 6, 7), sure((5, 6, 7)), NO_STOPS, now=0.0) == []
     assert path.log.tokens() == (1, 5, 6, 7)
     assert path.draft(1, now=0.0).feed == ()
@@ -71,7 +73,7 @@ def test_commit_that_came_meanwhile_and_agrees_keeps_the_rest_of_the_draft() -> 
 def test_commit_that_came_meanwhile_and_is_longer_wins() -> None:
     path = DraftPath((1,))
     path.draft(2, now=0.0)
-    path.lay(1, (5, 6, 7))
+    path.lay(1, (5, 6, 7), 0, 0)
     assert path.drafted((5, 6), sure((5, 6)), NO_STOPS, now=0.0) == []
     assert path.draft(1, now=0.0).feed == (7,)
 
@@ -79,7 +81,7 @@ def test_commit_that_came_meanwhile_and_is_longer_wins() -> None:
 def test_commit_that_came_meanwhile_and_differs_rolls_the_engine_back() -> None:
     path = DraftPath((1,))
     path.draft(3, now=0.0)
-    path.lay(1, (5, 9))
+    path.lay(1, (5, 9), 0, 0)
     assert path.drafted((5, 6, 7), sure((5, 6, 7)), NO_STOPS, now=0.0) == [Rollback(2)]
     assert path.log.tokens() == (1, 5, 9)
     assert path.wasted_tokens == 2
@@ -89,7 +91,7 @@ def test_commit_that_came_meanwhile_and_differs_rolls_the_engine_back() -> None:
 def test_draft_on_a_path_that_was_cut_is_stale() -> None:
     path = path_of((1,), (5, 6))
     path.draft(2, now=0.0)
-    assert path.lay(1, (8,)) == (0, [Rollback(1)])  # queued behind the draft: it undoes that too
+    assert path.lay(1, (8,), 0, 0) == (0, [Rollback(1)])  # queued behind the draft: it undoes that too
     assert path.drafted((7, 7), sure((7, 7)), NO_STOPS, now=0.0) == []
     assert path.log.tokens() == (1, 8)
     assert path.wasted_tokens == 4
@@ -98,7 +100,7 @@ def test_draft_on_a_path_that_was_cut_is_stale() -> None:
 
 def test_commit_equal_to_the_path_changes_nothing_but_what_counts_as_sent() -> None:
     path = path_of((1,), (5, 6, 7))
-    assert path.lay(1, (5, 6)) == (2, [])
+    assert path.lay(1, (5, 6), 0, 0) == (2, [])
     assert path.log.tokens() == (1, 5, 6, 7)
     assert path.send(99, now=0.0).start == 3
 
@@ -106,7 +108,7 @@ def test_commit_equal_to_the_path_changes_nothing_but_what_counts_as_sent() -> N
 def test_commit_that_differs_cuts_the_path_and_the_engine() -> None:
     path = path_of((1,), (5, 6, 7))
     path.send(99, now=0.0)
-    assert path.lay(1, (5, 9)) == (1, [Rollback(2)])
+    assert path.lay(1, (5, 9), 0, 0) == (1, [Rollback(2)])
     assert path.log.tokens() == (1, 5, 9)
     assert path.sent_len == 3
     assert path.wasted_tokens == 2
@@ -114,7 +116,7 @@ def test_commit_that_differs_cuts_the_path_and_the_engine() -> None:
 
 def test_commit_longer_than_the_path_needs_no_rollback() -> None:
     path = path_of((1,), (5,))
-    assert path.lay(1, (5, 6)) == (1, [])
+    assert path.lay(1, (5, 6), 0, 0) == (1, [])
     assert path.draft(1, now=0.0).feed == (6,)
 
 
@@ -128,14 +130,14 @@ def test_commit_longer_than_the_path_needs_no_rollback() -> None:
 )
 def test_each_judged_draft_teaches_acceptance(committed: tuple[int, ...], rate: float) -> None:
     path = path_of((1,), (5, 6, 7))
-    path.lay(1, committed)
-    assert path.acceptance.rate == pytest.approx(rate)
+    path.lay(1, committed, 0, 0)
+    assert path.calibration.overall == pytest.approx(rate)
 
 
 def test_commit_on_no_path_teaches_nothing() -> None:
     path = path_of((1,))
-    path.lay(1, (5, 6))
-    assert path.acceptance.rate == 0.8
+    path.lay(1, (5, 6), 0, 0)
+    assert path.calibration.overall == 0.8
 
 
 def test_unsent_drafts_are_sent_once_with_their_confidence() -> None:
@@ -156,7 +158,7 @@ def test_only_what_the_verifier_will_hold_is_sent() -> None:
 
 def test_confidence_stays_with_its_token_after_a_cut_and_a_commit() -> None:
     path = path_of((1,), (5, 6))
-    path.lay(1, (5, 9, 8))
+    path.lay(1, (5, 9, 8), 0, 0)
     path.draft(1, now=0.0)
     path.drafted((4,), (0.2,), NO_STOPS, now=0.0)
     assert path.send(99, now=0.0) == DraftMessage(4, path.log.hash_at(4), (4,), bytes((51,)))
@@ -175,19 +177,56 @@ def test_drafting_time_is_smoothed_and_a_prompt_does_not_count() -> None:
     assert path.draft_ms == pytest.approx(12.0)
 
 
-@pytest.mark.parametrize(("held_len", "unsent"), [(99, 2), (4, 1), (0, 0)])
-def test_policy_sees_what_it_decides_on(held_len: int, unsent: int) -> None:
-    path, link = path_of((1, 2), (5, 6, 7)), Link(LinkSettings())
-    path.sent_len = 3
-    assert path.observe(2, held_len, link, max_ahead=9, now=0.25) == DraftObservation(
-        acceptance=0.8,
+@pytest.mark.parametrize(("held_len", "unsent", "awaited"), [(99, 2, 1), (4, 1, 1), (0, 0, 0)])
+def test_policy_sees_what_it_decides_on(held_len: int, unsent: int, awaited: int) -> None:
+    path, link = path_of((1,), (2, 5, 6, 7)), Link(LinkSettings())
+    path.lay(1, (2,), num_accepted=1, hold_tokens=2)
+    path.send(3, now=0.0)
+    seen = path.observe(2, held_len, link, max_ahead=9, now=0.25)
+    assert seen.acceptance == pytest.approx((0.8 * 4 + 1) / 5)
+    assert seen.reach == pytest.approx(((1 + 4 * seen.acceptance) / 5) ** 3)
+    assert seen.use == pytest.approx((4 * 0.98 + 1) / (8 * 0.98))
+    assert seen == DraftObservation(
+        acceptance=seen.acceptance,
+        reach=seen.reach,
+        use=seen.use,
         draft_ms=0.0,
-        rtt_ms=link.rtt_ms,
+        jitter_ms=0.0,
+        until_step_ms=0.0,
+        step_ms=0.0,
+        spare_tokens=1,
+        settled_tokens=2,
         ahead_tokens=3,
         unsent_tokens=unsent,
+        awaited_tokens=awaited,
+        is_fresh=False,
         max_ahead=9,
+        interval_ms=0.0,
         since_sent_ms=250.0,
-        until_step_ms=0.0,
+        since_burst_ms=inf,
     )
-    path.send(99, now=0.25)
-    assert path.observe(2, held_len, link, max_ahead=9, now=0.35).since_sent_ms == pytest.approx(100.0)
+
+
+def test_path_is_fresh_from_a_cut_until_it_is_sent() -> None:
+    path, link = path_of((1,), (5, 6)), Link(LinkSettings())
+    path.lay(1, (9,), 0, 0)
+    path.draft(1, now=0.0)
+    path.drafted((4,), (1.0,), NO_STOPS, now=0.0)
+    assert path.observe(2, 99, link, 9, now=0.1).is_fresh
+    path.send(99, now=0.1)
+    assert not path.observe(2, 99, link, 9, now=0.1).is_fresh
+
+
+def test_use_is_the_part_of_recent_drafts_that_steps_accepted() -> None:
+    path, link = path_of((1,), (5, 6, 7, 8)), Link(LinkSettings())
+    path.lay(1, (5, 6, 9), num_accepted=2, hold_tokens=0)
+    fading = 0.98**3
+    assert path.observe(4, 99, link, 9, now=0.0).use == pytest.approx((4 * fading + 2) / ((4 + 4) * fading))
+
+
+def test_message_that_a_step_waits_for_sets_the_clock() -> None:
+    path, link = path_of((1,), (5, 6, 7)), Link(LinkSettings())
+    path.clock.committed(0, 0.0, 30.0, rtt_ms=0.0, now=0.0)
+    path.lay(1, (5,), num_accepted=0, hold_tokens=2)
+    path.send(99, now=0.5)
+    assert path.observe(2, 99, link, 9, now=0.51).until_step_ms == pytest.approx(20.0)

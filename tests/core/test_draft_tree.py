@@ -73,19 +73,21 @@ def test_draft_that_the_commit_overtook_is_no_loss(log: TokenLog, tree: DraftTre
 
 
 @pytest.mark.parametrize(
-    ("draft", "stale"),
+    ("draft", "stale", "differs"),
     [
-        (Draft(2, 12345, (5, 6)), 2),  # another prefix
-        (Draft(5, 12345, (5,)), 1),  # beyond everything
-        (Draft(1, 12345, (2, 5)), 2),  # another prefix inside the committed tokens
-        (Draft(1, TokenLog((1,)).hash_at(1), (9, 5)), 2),  # contradicts a committed token
-        (Draft(0, 0, (1, 9, 5)), 2),  # right for one token only
-        (Draft(3, TokenLog((1, 2)).hash_at(2), (5,)), 1),  # the root's hash at another position
-        (Draft(1, TokenLog((1, 2)).hash_at(2), (5,)), 1),  # likewise
+        (Draft(2, 12345, (5, 6)), 2, False),  # another prefix
+        (Draft(5, 12345, (5,)), 1, False),  # beyond everything
+        (Draft(1, 12345, (2, 5)), 2, False),  # another prefix inside the committed tokens
+        (Draft(1, TokenLog((1,)).hash_at(1), (9, 5)), 2, True),  # contradicts a committed token
+        (Draft(0, 0, (1, 9, 5)), 2, True),  # right for one token only
+        (Draft(3, TokenLog((1, 2)).hash_at(2), (5,)), 1, False),  # the root's hash at another position
+        (Draft(1, TokenLog((1, 2)).hash_at(2), (5,)), 1, False),  # likewise
     ],
 )
-def test_draft_on_a_prefix_that_does_not_stand_is_stale(tree: DraftTree, draft: Draft, stale: int) -> None:
-    assert tree.graft(draft) == Grafted(0, stale, 0)
+def test_draft_on_a_prefix_that_does_not_stand_is_stale(
+    tree: DraftTree, draft: Draft, stale: int, differs: bool
+) -> None:
+    assert tree.graft(draft) == Grafted(0, stale, 0, differs)
     assert len(tree) == 0
 
 

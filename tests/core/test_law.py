@@ -163,7 +163,7 @@ def speculate_on_trees(model: Remembering, sampling: Sampling, random: Random, r
         target.keep(keep.session_id, keep.start, keep.rows)
         ranks[accepted_branch(rows, commit.message)] += 1
         log.extend(commit.message.tokens)
-        table.sessions[0].acknowledged(len(log), 1.0, 0.0)
+        table.sessions[0].acknowledged(len(log), 1.0, 0.0, 0.0)
     return log.tokens()
 
 

@@ -25,7 +25,7 @@ def test_heartbeat_is_echoed_with_the_length_committed_here() -> None:
     table.receive(1, OPEN, 0.0)
     step(table, 7)
     assert table.receive(1, Heartbeat(5, 4, draft_ms=8.0), 0.0) == [Send(1, Heartbeat(5, 4))]
-    assert table.sessions[0].draft_ms == 8.0
+    assert table.sessions[0].status(0.0, 0.0).draft_ms == 8.0
 
 
 def test_streams_that_ended_are_not_heard() -> None:

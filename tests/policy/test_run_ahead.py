@@ -3,18 +3,27 @@ from dataclasses import replace
 
 import pytest
 
-from shared.core.policies import DraftObservation
+from shared.core.policies import BURST_MESSAGES, DraftObservation
 from shared.policy.run_ahead import RunAhead, StopAndWait
 
 SEEN = DraftObservation(
-    acceptance=0.9,
+    acceptance=0.8,
+    reach=1.0,
+    use=0.8,
     draft_ms=8.0,
-    rtt_ms=50.0,
+    jitter_ms=0.0,
+    until_step_ms=100.0,
+    step_ms=30.0,
+    spare_tokens=0,
+    settled_tokens=40,  # no sample is due
     ahead_tokens=0,
     unsent_tokens=0,
+    awaited_tokens=0,
+    is_fresh=False,
     max_ahead=64,
+    interval_ms=30.0,
     since_sent_ms=1_000.0,
-    until_step_ms=0.0,
+    since_burst_ms=9_000.0,
 )
 
 
@@ -23,15 +32,28 @@ def test_fast_drafts_come_in_chunks_that_no_commit_waits_long_for(draft_ms: floa
     assert RunAhead().draft_tokens(replace(SEEN, draft_ms=draft_ms)) == tokens
 
 
+def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
+    fast = replace(SEEN, draft_ms=0.5)
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.0)) == 4  # a millisecond before
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.0, jitter_ms=0.5)) == 2
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=1.2)) == 1
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=0.5)) == 8  # it is over
+    assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=2, ahead_tokens=2)) == 3
+
+
 @pytest.mark.parametrize(
-    ("acceptance", "depth"), [(0.0, 1), (0.2, 1), (0.5, 3), (0.9, 21), (0.98, 48), (0.999, 48), (1.0, 48)]
+    ("acceptance", "depth"), [(0.0, 1), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)]
 )
 def test_depth_ends_where_a_token_is_hardly_worth_drafting(acceptance: float, depth: int) -> None:
-    seen = replace(SEEN, acceptance=acceptance, draft_ms=0.1)
     drafted = 0
-    while tokens := RunAhead().draft_tokens(replace(seen, ahead_tokens=drafted)):
+    seen = replace(SEEN, acceptance=acceptance, draft_ms=0.1)
+    while tokens := RunAhead().draft_tokens(replace(seen, ahead_tokens=drafted, reach=acceptance**drafted)):
         drafted += tokens
     assert drafted == depth
+
+
+def test_unlikely_path_goes_on_no_further_whatever_the_average() -> None:
+    assert RunAhead().draft_tokens(replace(SEEN, reach=0.02, ahead_tokens=2)) == 0
 
 
 def test_verifier_bounds_the_depth() -> None:
@@ -40,15 +62,67 @@ def test_verifier_bounds_the_depth() -> None:
     assert RunAhead().draft_tokens(replace(seen, ahead_tokens=15)) == 0
 
 
+def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
+    useless = replace(SEEN, use=0.01)
+    drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
+    assert drafting == ([True] * 16 + [False] * 48) * 2
+
+
+def test_low_duty_wants_more_use_and_surer_tokens() -> None:
+    saving = RunAhead(draft_duty=0.4)
+    assert saving.draft_tokens(replace(SEEN, use=0.59)) == 0
+    assert saving.draft_tokens(replace(SEEN, use=0.61)) == 1
+    fast = replace(SEEN, draft_ms=0.1)
+    assert (saving.draft_tokens(fast), RunAhead().draft_tokens(fast)) == (3, 8)  # 0.8^3 is the first below 0.6
+    assert RunAhead(draft_duty=0.0).draft_tokens(replace(SEEN, use=0.99)) == 0
+
+
 @pytest.mark.parametrize(
-    ("since_sent_ms", "until_step_ms", "wait_ms"),
-    [(1_000.0, 0.0, 0.0), (30.0, 0.0, 12.0), (30.0, 10.0, 12.0), (30.0, 40.0, 35.0), (1_000.0, 4.0, 0.0)],
+    ("until_step_ms", "jitter_ms", "wait_ms"), [(20.0, 0.0, 19.0), (20.0, 3.0, 13.0), (0.5, 0.0, 0.0)]
 )
-def test_message_waits_for_its_interval_and_for_the_next_step(
-    since_sent_ms: float, until_step_ms: float, wait_ms: float
+def test_message_waits_until_it_lands_just_before_the_next_step(
+    until_step_ms: float, jitter_ms: float, wait_ms: float
 ) -> None:
-    seen = replace(SEEN, since_sent_ms=since_sent_ms, until_step_ms=until_step_ms)
-    assert RunAhead(message_interval_ms=42.0).send_in_ms(seen, is_drafting=True) == wait_ms
+    seen = replace(SEEN, until_step_ms=until_step_ms, jitter_ms=jitter_ms, ahead_tokens=3, unsent_tokens=3)
+    assert RunAhead().send_in_ms(seen, is_drafting=True) == pytest.approx(wait_ms)
+
+
+def test_a_step_gets_one_message() -> None:
+    seen = replace(SEEN, until_step_ms=5.0, jitter_ms=3.0, unsent_tokens=1, interval_ms=1.0)
+    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=2.0), is_drafting=True) == pytest.approx(28.0)
+    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=3.0), is_drafting=True) == 0.0
+
+
+def test_step_that_has_enough_needs_no_message() -> None:
+    assert RunAhead().send_in_ms(replace(SEEN, spare_tokens=16), is_drafting=True) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "wait_ms"),
+    [
+        ({}, 52.0),
+        ({"is_fresh": True}, 52.0),
+        ({"awaited_tokens": 2, "unsent_tokens": 2}, 52.0),
+        ({"since_burst_ms": 42.0 * BURST_MESSAGES}, 0.0),
+    ],
+)
+def test_messages_keep_their_distance_on_average(changes: dict[str, float], wait_ms: float) -> None:
+    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=42.0 * BURST_MESSAGES - 52.0)
+    assert RunAhead().send_in_ms(replace(seen, **changes), is_drafting=True) == wait_ms  # type: ignore[arg-type]  # by name
+    assert RunAhead(message_interval_ms=0.0).send_in_ms(replace(seen, **changes), True) == 0.0  # type: ignore[arg-type]
+
+
+def test_messages_do_not_outrun_the_commits_whatever_is_forecast() -> None:
+    seen = replace(SEEN, until_step_ms=0.0, interval_ms=100.0, since_sent_ms=20.0, unsent_tokens=1)
+    assert RunAhead().send_in_ms(seen, is_drafting=True) == pytest.approx(40.0)
+    assert RunAhead().send_in_ms(replace(seen, is_fresh=True), is_drafting=True) == 0.0
+
+
+def test_what_a_step_waits_for_goes_when_it_is_complete_or_grows_no_more() -> None:
+    seen = replace(SEEN, awaited_tokens=4, unsent_tokens=3, ahead_tokens=3, until_step_ms=25.0)
+    assert RunAhead().send_in_ms(seen, is_drafting=True) == math.inf
+    assert RunAhead().send_in_ms(seen, is_drafting=False) == 0.0
+    assert RunAhead().send_in_ms(replace(seen, unsent_tokens=4), is_drafting=True) == 0.0
 
 
 def test_stop_and_wait_drafts_one_round_and_then_waits() -> None:

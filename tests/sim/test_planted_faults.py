@@ -149,7 +149,7 @@ PLANTS: list[tuple[Plant, int]] = [
     (accept_one_too_many, 5),
     (forget_next_token, 5),
     (graft_on_any_prefix, 60),
-    (listen_to_any_stream, 40),
+    (listen_to_any_stream, 600),
     (trust_silence, 200),
     (forget_to_roll_back, 5),
     (show_local_tokens_again, 60),

@@ -47,7 +47,9 @@ SAMPLING = st.builds(
     seed=st.integers(0, 2**64 - 1),
 )
 SESSION_ID = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=128)
-HEARTBEAT = st.builds(Heartbeat, st.integers(0, 2**64 - 1), INT, st.floats(0, 2.0**100, width=32))
+HEARTBEAT = st.builds(
+    Heartbeat, st.integers(0, 2**64 - 1), INT, st.floats(0, 2.0**100, width=32), st.floats(0, 2.0**100, width=32)
+)
 UINT32 = st.integers(0, 2**32 - 1)
 FLOAT32 = st.floats(0, 2.0**100, width=32)
 
@@ -111,6 +113,7 @@ def commits(draw: st.DrawFn) -> Commit:
         queue_ms=draw(st.floats(0, 1e6)),
         verify_ms=draw(st.floats(0, 1e6)),
         max_ahead=draw(INT),
+        hold_tokens=draw(INT),
     )
 
 
@@ -141,7 +144,7 @@ def test_commit_comes_back_with_whole_milliseconds(commit: Commit) -> None:
     assert wire.cloud_to_wire(back) == wire.cloud_to_wire(commit)
     assert (back.start, back.tokens, back.finish) == (commit.start, commit.tokens, commit.finish)
     assert (back.num_drafted, back.num_accepted) == (commit.num_drafted, commit.num_accepted)
-    assert back.max_ahead == commit.max_ahead
+    assert (back.max_ahead, back.hold_tokens) == (commit.max_ahead, commit.hold_tokens)
 
 
 @untimed
@@ -294,6 +297,8 @@ TOO_LONG = wire.MAX_SESSION_TOKENS + 1
         (pb.Heartbeat(draft_ms=math.nan), "draft_ms"),
         (pb.Heartbeat(draft_ms=math.inf), "draft_ms"),
         (pb.Heartbeat(draft_ms=-1), "draft_ms"),
+        (pb.Heartbeat(rtt_ms=-1), "rtt_ms"),
+        (pb.Heartbeat(rtt_ms=math.nan), "rtt_ms"),
         (pb.Heartbeat(committed_len=2**31), "committed_len"),
         (None, "no kind"),
     ],
@@ -317,6 +322,7 @@ def test_malformed_edge_message_is_refused(message: pb.Open | pb.Draft | pb.Hear
         (pb.Commit(tokens=[1], num_drafted=2, num_accepted=2), "num_accepted is 2 of 2 drafted, with 1 tokens"),
         (pb.Commit(num_drafted=2**31), "num_drafted"),
         (pb.Commit(max_ahead=2**31), "max_ahead"),
+        (pb.Commit(hold_tokens=2**31), "hold_tokens"),
         (pb.CloudMessage.FromString(b"\x0a\x02\x28\x07").commit, "finish is 7"),
         (pb.Heartbeat(draft_ms=math.inf), "draft_ms"),
         (pb.Failure(detail="?"), "code is 0"),

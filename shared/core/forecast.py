@@ -1,0 +1,89 @@
+"""When drafts will be here: the verifier's picture of an edge that drafts on while its messages travel.
+
+The edge's path is right up to a length, as far as is known, and goes on from there by one token every `draft_ms`. Three
+events correct that picture:
+
+    a draft came         what it reaches is here now; the next token is one draft later
+    a commit broke it    the edge hears of it half a round trip later and drafts on from the commit's end
+    a commit overtook it a slow edge has not drafted so far yet: it takes the commit's tokens over, and drafts on
+
+Committed tokens that the path is not known to agree with are unknown: the drafts on their way are of use only if all of
+them agree. When a draft shows that one did not, the edge's path broke at the commit of that token.
+Times are seconds on the caller's clock, durations milliseconds.
+"""
+
+from bisect import bisect_right
+from collections import deque
+
+_GAIN = 0.25
+_FADING = 0.98
+_REMEMBERED = 64  # commits; older ones are answered by now
+
+
+class Forecast:
+    """Where the path is known to stand, and from when on its next tokens arrive."""
+
+    __slots__ = ("_commits", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms")
+
+    def __init__(self, length: int, now: float) -> None:
+        self.draft_ms = 0.0  # per token; 0: unknown
+        self.rtt_ms = 0.0  # 0: unknown
+        self._known_len = length
+        self._known_at = now
+        self._late_ms = 0.0
+        self._step_ms = 0.0  # from commit to commit, the last time
+        self._commits: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)  # (end, when)
+
+    def __repr__(self) -> str:
+        return f"<Forecast {self._known_len} known, {self.draft_ms:.1f} ms each, {self.answer_ms:.0f} ms to answer>"
+
+    @property
+    def answer_ms(self) -> float:
+        """From a commit to the arrival of what is drafted at once on hearing of it, drafting apart."""
+        return self.rtt_ms + self._late_ms
+
+    def unknown_tokens(self, committed_len: int) -> int:
+        """Committed tokens that the path on its way may differ from."""
+        return max(committed_len - self._known_len, 0)
+
+    def next_ms(self, length: int, now: float) -> float:
+        """Until the path's token at this position is here; what is overdue for a step may be so for as long again."""
+        expected_ms = self._expected_ms(length, now)
+        return max(expected_ms, -expected_ms - self._step_ms, 0.0)
+
+    def asked_ms(self, now: float) -> float:
+        """Until drafts are here that the last commit asked for."""
+        return (self._commits[-1][1] - now) * 1000 + self.answer_ms if self._commits else 0.0
+
+    def committed(self, length: int, is_break: bool, now: float) -> None:
+        """Tokens up to `length` are committed; `is_break`: pending drafts differed."""
+        if self._commits:
+            self._step_ms = (now - self._commits[-1][1]) * 1000
+        self._commits.append((length, now))
+        self._late_ms *= _FADING
+        answered_at = now + self.answer_ms / 1000
+        overtaken = self._known_at + (length - self._known_len) * self.draft_ms / 1000 > answered_at
+        if is_break or overtaken:
+            self._known_len, self._known_at = length, answered_at
+
+    def arrived(self, length: int, was_awaited: bool, now: float) -> None:
+        """A draft up to `length` stands, as far as anything is known of it; a step may have waited for it."""
+        if length < self._known_len:
+            return
+        if was_awaited:
+            self._late_ms = max(
+                0.0, self._late_ms - max(self._expected_ms(length - 1, now), self.asked_ms(now)) * _GAIN
+            )
+        self._known_len, self._known_at = length, now
+
+    def differed(self, position: int) -> None:
+        """A draft had another token at this committed position: the edge goes on behind its commit."""
+        if position < self._known_len:
+            return  # of a path that was given up before
+        index = bisect_right(self._commits, (position, float("inf")))
+        if index < len(self._commits):
+            self._known_len, sent_at = self._commits[index]
+            self._known_at = sent_at + self.answer_ms / 1000
+
+    def _expected_ms(self, length: int, now: float) -> float:
+        return (self._known_at - now) * 1000 + (length - self._known_len + 1) * self.draft_ms

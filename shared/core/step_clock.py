@@ -1,0 +1,90 @@
+"""The edge's picture of the verifier's steps: when the next one begins for which a message would be in time.
+
+The verifier takes drafts in only between two steps, and each commit is sent at such a moment. From the last commit on,
+its steps are played through: each takes as long as the last one with as many drafts did, begins with what had landed
+by then, and is taken to accept it all (where it does not, what is sent now is of no use anyway).
+
+A moment here is when a message would have to be sent to land at it: half a round trip before the verifier's own time.
+Times are seconds on the caller's clock, durations milliseconds.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+
+_REMEMBERED = 24  # messages
+_MOST_STEPS = 32  # that are played through
+_GAIN = 1 / 4
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """A message sent within `until_ms` lands before a step begins that would otherwise begin with `spare_tokens`.
+
+    The step before it takes `step_ms`; 0: nothing is known yet.
+    """
+
+    until_ms: float
+    step_ms: float
+    spare_tokens: int
+
+
+class StepClock:
+    """What was sent when, and how long steps take."""
+
+    __slots__ = ("_began", "_committed_at", "_is_awaited", "_sent", "_step_ms", "error_ms", "interval_ms")
+
+    def __init__(self) -> None:
+        self.error_ms = 0.0  # of the expected durations, smoothed
+        self.interval_ms = 0.0  # from commit to commit, smoothed
+        self._began = self._committed_at = 0.0
+        self._is_awaited = False  # the step that goes on had waited for our message
+        self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
+        self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
+
+    def committed(self, num_drafted: int, queue_ms: float, verify_ms: float, rtt_ms: float, now: float) -> None:
+        """A commit arrived: the next step began when it was sent. What a step waits for other than us is part of it."""
+        step_ms = verify_ms + (0.0 if self._is_awaited else queue_ms)
+        error_ms = abs(step_ms - self._step_ms.get(num_drafted, step_ms))
+        self.error_ms += _GAIN * (error_ms - self.error_ms)
+        self._step_ms[num_drafted] = step_ms
+        began = now - rtt_ms / 1000
+        if self._committed_at:
+            self.interval_ms += _GAIN * ((now - self._committed_at) * 1000 - self.interval_ms)
+        self._began, self._committed_at, self._is_awaited = began, now, False
+
+    def sent(self, length: int, is_awaited: bool, now: float) -> None:
+        """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
+        self._sent.append((now, length))
+        if is_awaited:
+            self._began, self._is_awaited = now, True
+
+    def cut(self, length: int) -> None:
+        """What was sent beyond `length` does not stand."""
+        self._sent.extend([(sent_at, min(end, length)) for sent_at, end in self._sent])
+
+    def interval_at(self, now: float) -> float:
+        """From commit to commit, ms, smoothed; longer if the next one is late, 0 before the first two."""
+        return max(self.interval_ms, (now - self._committed_at) * 1000) if self.interval_ms else 0.0
+
+    def since_ms(self, messages: int, now: float) -> float:
+        """Since the last message, or the one `messages` - 1 before it."""
+        return (now - self._sent[-messages][0]) * 1000
+
+    def next_step(self, committed_len: int, sent_len: int, now: float) -> NextStep:
+        """The next one that a message sent now would be in time for."""
+        began, length, step_ms = self._began, committed_len, 0.0
+        for _ in range(_MOST_STEPS if self._step_ms else 0):
+            landed = max((end for sent_at, end in self._sent if sent_at <= began), default=0)
+            drafts = min(max(landed - length, 0), max(self._step_ms))
+            step_ms = self._expected_ms(drafts)
+            began += step_ms / 1000
+            length += drafts + 1
+            if began > now:
+                break
+        return NextStep(max(began - now, 0.0) * 1000, step_ms, max(sent_len - length, 0))
+
+    def _expected_ms(self, drafts: int) -> float:
+        durations = self._step_ms
+        fewer = [count for count in durations if count <= drafts]
+        return durations[max(fewer) if fewer else min(durations)]

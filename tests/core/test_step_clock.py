@@ -1,0 +1,100 @@
+from math import inf
+
+import pytest
+
+from shared.core.step_clock import NextStep, StepClock
+
+
+def next_of(clock: StepClock, committed_len: int, sent_len: int, now: float) -> tuple[float, float, int]:
+    step = clock.next_step(committed_len, sent_len, now)
+    return round(step.until_ms, 6), step.step_ms, step.spare_tokens
+
+
+def clock_of(**verify_ms: float) -> StepClock:
+    """Steps of n drafts took `_n` ms; the last commit arrived at 1 s over a round trip of 20 ms."""
+    clock = StepClock()
+    for name, duration_ms in verify_ms.items():
+        clock.committed(int(name[1:]), 0.0, duration_ms, rtt_ms=20.0, now=1.0)
+    return clock
+
+
+def test_nothing_is_known_before_the_first_commit() -> None:
+    clock = StepClock()
+    assert clock.next_step(5, 7, now=3.0) == NextStep(0.0, 0.0, 2)
+    assert clock.interval_at(3.0) == 0.0
+    assert clock.since_ms(1, 3.0) == inf
+
+
+@pytest.mark.parametrize(("since_ms", "until_ms"), [(0.0, 10.0), (9.0, 1.0), (15.0, 25.0), (39.0, 1.0), (41.0, 29.0)])
+def test_steps_follow_one_another_from_the_moment_the_commit_was_sent(since_ms: float, until_ms: float) -> None:
+    assert next_of(clock_of(_0=30.0), 5, 5, now=1.0 + since_ms / 1000) == (until_ms, 30.0, 0)
+
+
+def test_step_takes_as_long_as_the_last_with_as_many_drafts_or_the_next_fewer() -> None:
+    clock = clock_of(_0=30.0, _4=50.0)
+    clock.sent(8, is_awaited=False, now=0.9)
+    assert next_of(clock, 5, 8, now=1.0) == (10.0, 30.0, 0)  # three of them: no such step yet
+    clock.sent(9, is_awaited=False, now=0.98)  # lands as the step begins
+    assert next_of(clock, 5, 9, now=1.0) == (30.0, 50.0, 0)
+
+
+def test_rarest_step_counts_where_none_had_as_few_drafts() -> None:
+    assert clock_of(_4=50.0).next_step(5, 5, now=1.0).step_ms == 50.0
+
+
+def test_what_lands_later_is_in_the_step_after_and_what_is_left_is_spare() -> None:
+    clock = clock_of(_0=30.0, _2=40.0)
+    clock.sent(7, is_awaited=False, now=1.005)  # too late for the step of 0.98 s, in time for that of 1.01 s
+    assert next_of(clock, 5, 7, now=1.006) == (4.0, 30.0, 1)
+    assert next_of(clock, 5, 20, now=1.012) == (28.0, 30.0, 12)
+
+
+def test_step_takes_no_more_drafts_than_any_did() -> None:
+    clock = clock_of(_0=30.0, _2=40.0)
+    clock.sent(20, is_awaited=False, now=0.5)
+    assert next_of(clock, 5, 20, now=1.0) == (20.0, 40.0, 12)
+
+
+def test_cut_tokens_were_never_sent() -> None:
+    clock = clock_of(_0=30.0, _2=40.0)
+    clock.sent(20, is_awaited=False, now=0.5)
+    clock.cut(5)
+    assert clock.next_step(5, 5, now=1.0).step_ms == 30.0
+    assert clock.since_ms(1, 1.0) == pytest.approx(500.0)
+
+
+def test_step_that_waited_begins_when_the_message_lands_and_its_wait_is_no_part_of_it() -> None:
+    clock = clock_of(_0=30.0)
+    clock.sent(7, is_awaited=True, now=1.1)
+    assert clock.next_step(5, 7, now=1.11).until_ms == pytest.approx(20.0)
+    clock.committed(0, 15.0, 30.0, rtt_ms=20.0, now=2.0)
+    assert clock.next_step(5, 5, now=2.0).step_ms == 30.0
+    clock.committed(0, 15.0, 30.0, rtt_ms=20.0, now=3.0)
+    assert clock.next_step(5, 5, now=3.0).step_ms == 45.0  # others went first
+
+
+def test_error_is_how_far_steps_are_from_their_like() -> None:
+    clock = clock_of(_0=30.0)
+    clock.committed(0, 0.0, 34.0, rtt_ms=20.0, now=1.0)
+    assert clock.error_ms == pytest.approx(1.0)
+    clock.committed(3, 0.0, 90.0, rtt_ms=20.0, now=1.0)  # the first of its kind
+    assert clock.error_ms == pytest.approx(0.75)
+
+
+def test_interval_between_commits_is_smoothed_and_grows_while_one_is_missing() -> None:
+    clock = clock_of(_0=30.0)
+    assert clock.interval_at(1.0) == 0.0
+    clock.committed(0, 0.0, 30.0, rtt_ms=20.0, now=1.04)
+    assert clock.interval_at(1.041) == pytest.approx(10.0)  # from 0, by a quarter
+    assert clock.interval_at(1.1) == pytest.approx(60.0)
+
+
+def test_bursts_are_counted_back_from_the_last_message() -> None:
+    clock = StepClock()
+    for now in (1.0, 1.2, 1.3):
+        clock.sent(9, is_awaited=False, now=now)
+    assert [round(clock.since_ms(count, 1.5)) for count in (1, 2, 3)] == [200, 300, 500]
+
+
+def test_far_future_is_not_played_through() -> None:
+    assert clock_of(_0=0.001).next_step(5, 5, now=9.0).until_ms == 0.0

@@ -1,0 +1,116 @@
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from shared.core.policies import Outlook
+from shared.policy.step_rule import Choice, StepRule
+from shared.testing.sweep import CURVES
+
+DRAFTS = 16
+AFTER_BREAK = Outlook(
+    acceptance=0.8, draft_ms=1.0, rtt_ms=5.0, unknown_tokens=0, next_ms=6.0, asked_ms=5.0, most_drafts=DRAFTS
+)
+FLAT, STEEP = (StepRule(CURVES[name][: DRAFTS + 2]) for name in ("flat", "steep"))
+
+
+def after_break(acceptance: float, draft_ms: float, rtt_ms: float) -> Outlook:
+    return Outlook(acceptance, draft_ms, rtt_ms, 0, rtt_ms + draft_ms, rtt_ms, DRAFTS)
+
+
+def sure(acceptance: float, tokens: int) -> list[float]:
+    return [acceptance ** (depth + 1) for depth in range(tokens)]
+
+
+def test_fast_draft_on_a_short_link_is_worth_holding_for() -> None:
+    choice = FLAT.choose([], AFTER_BREAK)
+    assert 4 <= choice.drafts <= 8
+    assert choice.hold_ms == pytest.approx(5.0 + choice.drafts)  # the last one is here a round trip and n drafts later
+
+
+@pytest.mark.parametrize(("acceptance", "least", "most"), [(0.3, 1, 3), (0.6, 2, 5), (0.9, 7, 12), (0.97, 14, 16)])
+def test_surer_drafts_are_waited_for_in_greater_number(acceptance: float, least: int, most: int) -> None:
+    assert least <= FLAT.choose([], after_break(acceptance, 1.0, 5.0)).drafts <= most
+
+
+@pytest.mark.parametrize(
+    ("rule", "acceptance", "draft_ms", "rtt_ms"),
+    [(FLAT, 0.8, 1.0, 50.0), (FLAT, 0.8, 20.0, 5.0), (FLAT, 0.3, 1.0, 20.0), (STEEP, 0.6, 0.05, 5.0)],
+    ids=["long link", "slow draft", "bad draft", "dear rows"],
+)
+def test_no_step_waits_where_decoding_is_faster(
+    rule: StepRule, acceptance: float, draft_ms: float, rtt_ms: float
+) -> None:
+    assert rule.choose([], after_break(acceptance, draft_ms, rtt_ms)) == Choice(0, 0.0)
+
+
+def test_what_is_here_is_verified_as_far_as_it_pays() -> None:
+    flowing = replace(AFTER_BREAK, next_ms=1.0)
+    assert FLAT.choose(sure(0.95, 16), replace(flowing, acceptance=0.95)).drafts == 16
+    assert FLAT.choose(sure(0.3, 16), replace(flowing, acceptance=0.3)).drafts in (2, 3)
+    assert STEEP.choose(sure(0.3, 16), replace(flowing, acceptance=0.3)).drafts == 0  # ignored
+
+
+def test_few_drafts_are_not_worth_a_dear_step_while_more_come_soon() -> None:
+    flowing = replace(AFTER_BREAK, acceptance=0.9, rtt_ms=20.0, next_ms=1.0, asked_ms=20.0)
+    assert STEEP.choose(sure(0.9, 1), flowing) == Choice(0, 0.0)
+    assert STEEP.choose(sure(0.9, 8), flowing).drafts == 8
+
+
+def test_drafts_at_hand_are_verified_when_no_more_will_come_for_long() -> None:
+    stopped = replace(AFTER_BREAK, acceptance=0.97, next_ms=100.0)
+    assert STEEP.choose(sure(0.97, 4), stopped).drafts == 4
+
+
+def test_decoded_tokens_that_the_edge_may_not_have_foreseen_make_a_hold_less_likely() -> None:
+    soon = replace(AFTER_BREAK, acceptance=0.6, draft_ms=0.05, rtt_ms=20.0, next_ms=2.0, asked_ms=2.0)
+    assert FLAT.choose([], soon).drafts > 0
+    assert FLAT.choose([], replace(soon, unknown_tokens=6)).drafts == 0
+
+
+def test_no_more_drafts_are_chosen_than_there_is_room_for() -> None:
+    assert FLAT.choose([], replace(AFTER_BREAK, most_drafts=5)).drafts == 5
+    assert FLAT.choose([], replace(AFTER_BREAK, most_drafts=0)) == Choice(0, 0.0)
+    assert FLAT.choose(sure(0.99, 40), replace(AFTER_BREAK, acceptance=0.99)).drafts == DRAFTS
+
+
+def test_who_may_not_decode_verifies_or_waits() -> None:
+    bad = after_break(0.3, 20.0, 50.0)
+    assert FLAT.choose([], bad).drafts == 0
+    assert FLAT.choose(sure(0.3, 1), bad, may_decode=False) == Choice(1, 0.0)
+    assert FLAT.choose([], bad, may_decode=False).hold_ms == pytest.approx(70.0)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 1.0])
+def test_extremes_are_no_special_case(acceptance: float) -> None:
+    assert 0 <= FLAT.choose(sure(acceptance, 2), replace(AFTER_BREAK, acceptance=acceptance)).drafts <= DRAFTS
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "draft_ms", "rtt_ms", "best_fixed_ms"),
+    [(0.8, 0.05, 5.0, 9.5), (0.6, 1.0, 20.0, 20.9), (0.9, 5.0, 20.0, 11.2), (0.8, 5.0, 50.0, 19.7)],
+)
+def test_reachable_rate_is_near_what_the_simulation_reaches(
+    acceptance: float, draft_ms: float, rtt_ms: float, best_fixed_ms: float
+) -> None:
+    rate = FLAT._solve(after_break(acceptance, draft_ms, rtt_ms)).rate
+    assert best_fixed_ms * 0.8 < 1 / rate < best_fixed_ms * 1.1
+
+
+def test_reachable_rate_is_never_below_cloud_only() -> None:
+    assert STEEP._solve(after_break(0.3, 20.0, 150.0)).rate == pytest.approx(1 / 14)
+
+
+def test_solutions_are_kept_but_not_without_bound() -> None:
+    rule = StepRule(CURVES["flat"][:4])
+    for rtt_ms in range(1, 1200):
+        rule._solve(after_break(0.8, 1.0 + rtt_ms / 10, 10.0 + rtt_ms))
+    kept = len(rule._solved)
+    assert 0 < kept <= 512
+    last = after_break(0.8, 1.0 + 1199 / 10, 10.0 + 1199)
+    assert rule._solve(last) is rule._solve(last)
+
+
+def test_patience_is_finite() -> None:
+    for acceptance in (0.3, 0.9, 1.0):
+        assert FLAT.choose([], after_break(acceptance, 5.0, 150.0)).hold_ms < inf
