@@ -284,6 +284,8 @@ class _Run:
             self._fail(error)
         elif isinstance(effect, Draft):
             proposal = future.result()
+            if self._session.path.log.has_prefix(effect.start, effect.parent_hash):  # else it comes too late
+                self._statistics.sources.drafted(effect.start, proposal)
             self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
 
     def _fail(self, error: BaseException) -> None:

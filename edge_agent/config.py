@@ -18,9 +18,10 @@ DEFAULTS = Path(__file__).with_name("default.yaml")
 class DraftConfig(Section):
     """The draft model and how it runs."""
 
-    engine: Literal["llama_cpp", "onnx"]
+    engine: Literal["llama_cpp", "onnx", "ngram", "ngram+llama_cpp", "ngram+onnx"]
     model: Annotated[str, Field(min_length=1)]
     quantization: Literal["q8_0"] | None
+    texts_file: ExistingFile | None
     provider: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=256)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from edge_agent.channel import Traffic
+from edge_agent.draft_sources import DraftSources
 from shared.core.acceptance_report import RequestAcceptance
 from shared.core.effects import Confirm, Emit, Provenance, Retract
 from shared.core.messages import Commit
@@ -18,12 +19,14 @@ class Statistics:
     start: int = 0  # position of the first shown token
     retracted_tokens: int = 0
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
+    sources: DraftSources = field(default_factory=DraftSources)
     verify_ms: float = 0.0
     disconnects: int = 0
 
     def saw_commit(self, commit: Commit) -> None:
         """Count one target step."""
         self.acceptance.count(commit)
+        self.sources.committed(commit.start, commit.tokens)
         self.verify_ms += commit.verify_ms
 
     def saw(self, event: Emit | Confirm | Retract, now: float) -> None:
@@ -76,6 +79,7 @@ class Statistics:
             "local_tokens": local,
             "retracted_tokens": self.retracted_tokens,
             **self.acceptance.report(),
+            "draft_sources": self.sources.report(),
             "mean_verify_ms": round(self.verify_ms / steps, 2) if steps else None,
             "wasted_draft_tokens": wasted_tokens,
             "draft_ms": round(draft_ms, 2),

@@ -11,7 +11,16 @@ from typing import Protocol
 from shared.core.effects import Rows
 from shared.core.messages import Fingerprint, Sampling
 
-__all__ = ["Capabilities", "DraftEngine", "EngineError", "Proposal", "Rows", "TargetEngine", "TargetLimits"]
+__all__ = [
+    "MODEL_SOURCE",
+    "Capabilities",
+    "DraftEngine",
+    "EngineError",
+    "Proposal",
+    "Rows",
+    "TargetEngine",
+    "TargetLimits",
+]
 
 
 class EngineError(Exception):
@@ -27,12 +36,19 @@ class Capabilities:
     max_context: int
 
 
+MODEL_SOURCE = "model"
+
+
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Drafted tokens and, for each, the draft model's own probability of it (0 to 1)."""
+    """Drafted tokens and, for each, the draft model's own probability of it (0 to 1).
+
+    `sources` names what drafted each, for statistics; where it is empty all are the model's (`MODEL_SOURCE`).
+    """
 
     tokens: tuple[int, ...]
     confidence: tuple[float, ...]
+    sources: tuple[str, ...] = ()
 
 
 class DraftEngine(Protocol):

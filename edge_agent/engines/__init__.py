@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.config import DraftConfig
+from edge_agent.engines.cached_draft import CachedDraft
+from edge_agent.engines.lookup_draft import LookupDraft, measure_row_ms
+from edge_agent.engines.ngram import SOURCE as NGRAM
+from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.selftest import check_draft
 from edge_agent.engines.tokenizer import Tokenizer
 from shared.engine import DraftEngine, EngineError
 from shared.runtimes.hub import default_cache_dir
-from shared.runtimes.llama_cpp import with_weights
+from shared.runtimes.llama_cpp import LlamaModel, with_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,36 +25,59 @@ class LoadedDraft:
     model: Tokenizer
 
 
-def _llama_cpp(config: DraftConfig, path: Path) -> LoadedDraft:
+ModelLoader = Callable[[DraftConfig, Path], tuple[CachedDraft, Tokenizer]]
+
+
+def _llama_cpp(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     from edge_agent.engines.llama_cpp import LlamaCppDraft
 
     if config.quantization is not None:
         path = with_weights(path, config.quantization, default_cache_dir())
     engine = LlamaCppDraft(path, context_tokens=config.context_tokens, threads=_threads(config))
-    return LoadedDraft(engine, engine.model)
+    return engine, engine.model
 
 
-def _onnx(config: DraftConfig, path: Path) -> LoadedDraft:
+def _onnx(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     from edge_agent.engines.onnx import OnnxDraft
 
     engine = OnnxDraft(path, context_tokens=config.context_tokens, threads=_threads(config), provider=config.provider)
-    return LoadedDraft(engine, engine.model)
+    return engine, engine.model
 
 
 def _threads(config: DraftConfig) -> int:
     return config.threads or os.cpu_count() or 1
 
 
-ENGINES: dict[str, Callable[[DraftConfig, Path], LoadedDraft]] = {"llama_cpp": _llama_cpp, "onnx": _onnx}
+MODELS: dict[str, ModelLoader] = {"llama_cpp": _llama_cpp, "onnx": _onnx}
 
 
 def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
     """Load `draft.model` by `draft.engine` and check it. Raises `EngineError`."""
-    from edge_agent.engines.selftest import check_draft
-
-    loaded = ENGINES[config.engine](config, path)
-    if not loaded.engine.capabilities.can_rollback:
-        loaded.engine.close()
+    if config.engine == NGRAM:
+        tokenizer = _tokenizer(path)
+        return LoadedDraft(_ngrams(config, tokenizer), tokenizer)
+    *before, name = config.engine.split("+")
+    model, tokenizer = MODELS[name](config, path)
+    if not model.capabilities.can_rollback:
+        model.close()
         raise EngineError(f"{path.name} cannot roll back its cache, so it cannot draft; use another draft model")
-    check_draft(loaded.engine)
-    return loaded
+    check_draft(model)
+    if not before:
+        return LoadedDraft(model, tokenizer)
+    engine = LookupDraft(model, _ngrams(config, tokenizer), measure_row_ms(model))
+    check_draft(engine)
+    return LoadedDraft(engine, tokenizer)
+
+
+def _ngrams(config: DraftConfig, tokenizer: Tokenizer) -> NgramDraft:
+    text = config.texts_file.read_text(encoding="utf-8", errors="replace") if config.texts_file else ""
+    return NgramDraft(tokenizer.vocabulary.fingerprint, config.context_tokens, tokenizer.tokenize(text))
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The text side of a model that does not run."""
+    if not path.is_dir():
+        return LlamaModel(path, gpu_layers=0)
+    from edge_agent.engines.onnx_folder import OnnxFolder
+
+    return OnnxFolder(path)

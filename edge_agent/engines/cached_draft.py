@@ -69,9 +69,37 @@ class CachedDraft(ABC):
         start = len(self._tokens)
         confidence: list[float] = []
         while len(confidence) < n and len(self._tokens) < self._capabilities.max_context:
-            token, chance = self._next_token()
+            token, chance = self._select(self._logits(1)[0])
             self._tokens.append(token)
             confidence.append(chance)
+        return Proposal(tuple(self._tokens[start:]), tuple(confidence))
+
+    def propose_checked(self, guess: Sequence[int]) -> Proposal:
+        """Draft on as `propose` does, given a guess at the next tokens, which are all evaluated at once.
+
+        The guess comes back as far as the model selects the same, and one token more of its own: what `propose` would
+        have drafted one by one. Fewer come at the end of the context. `guess` is shorter than a batch.
+        """
+        if not self._tokens:
+            raise LocalProtocolError("nothing to draft from: reset the engine to at least one token first")
+        start = len(self._tokens)
+        if start >= self._capabilities.max_context:
+            return Proposal((), ())
+        guess = guess[: self._capabilities.max_context - start - 1]
+        self._tokens += guess
+        try:
+            logits = self._logits(len(guess) + 1)
+        finally:
+            del self._tokens[start:]
+        confidence: list[float] = []
+        for row, guessed in zip(logits, (*guess, None), strict=True):
+            token, chance = self._select(row)
+            self._tokens.append(token)
+            confidence.append(chance)
+            if token != guessed:
+                break
+        if not self._cut(len(self._tokens) - 1):
+            raise EngineError(f"model {self._name} cannot roll back (recurrent state); use another draft model")
         return Proposal(tuple(self._tokens[start:]), tuple(confidence))
 
     def rollback(self, length: int) -> None:
@@ -87,26 +115,29 @@ class CachedDraft(ABC):
         """Free the model; no other call may follow."""
 
     @abstractmethod
-    def _evaluate(self, start: int, stop: int) -> NDArray[np.float32] | None:
+    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
         """Evaluate tokens `start` to `stop` of the list, which follow what the cache holds, at most `batch_tokens`.
 
-        The logits (V,) after the last one if it ends the list; otherwise anything. Raises `EngineError`, with the
-        cache as it was.
+        The logits (num_logits, V) of the last rows. Raises `EngineError`, with the cache as it was.
         """
 
     @abstractmethod
     def _remove(self, length: int) -> bool:
         """Drop the cache from position `length` on; False, and nothing changed, if this model cannot."""
 
-    def _next_token(self) -> tuple[int, float]:
-        """Evaluate the tokens that the cache lacks; the selected token and its probability."""
-        assert self._cached < len(self._tokens), f"nothing left to evaluate in {self!r}"
-        logits: NDArray[np.float32] | None = None
-        while self._cached < len(self._tokens):
-            stop = min(self._cached + self._batch_tokens, len(self._tokens))
-            logits = self._evaluate(self._cached, stop)
+    def _logits(self, num_logits: int) -> NDArray[np.float32]:
+        """Evaluate the tokens that the cache lacks; the logits (num_logits, V) after the last of them."""
+        assert self._cached <= len(self._tokens) - num_logits, f"nothing left to evaluate in {self!r}"
+        while self._cached < len(self._tokens) - self._batch_tokens:
+            stop = min(self._cached + self._batch_tokens, len(self._tokens) - num_logits)
+            self._evaluate(self._cached, stop, 0)
             self._cached = stop
-        assert logits is not None
+        logits = self._evaluate(self._cached, len(self._tokens), num_logits)
+        self._cached = len(self._tokens)
+        return logits
+
+    def _select(self, logits: NDArray[np.float32]) -> tuple[int, float]:
+        """The token that follows the list, by its logits (V,), and its probability."""
         # Padded ids beyond the vocabulary mean nothing to the verifier, which would refuse them.
         known = logits[: self.fingerprint.size]
         token = select(known, self._sampling, len(self._tokens), self._tokens, self._prompt_len)

@@ -43,11 +43,10 @@ class LlamaCppDraft(CachedDraft):
         self._context.close()
         self.model.close()
 
-    def _evaluate(self, start: int, stop: int) -> NDArray[np.float32] | None:
+    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
         rows = range(start, stop)
-        wanted = [len(rows) - 1] if stop == len(self._tokens) else []
-        logits = self._context.decode(self._tokens[start:stop], rows, [(_SEQUENCE,)] * len(rows), wanted)
-        return logits[0] if wanted else None
+        wanted = range(len(rows) - num_logits, len(rows))
+        return self._context.decode(self._tokens[start:stop], rows, [(_SEQUENCE,)] * len(rows), wanted)
 
     def _remove(self, length: int) -> bool:
         return self._context.remove(_SEQUENCE, length)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import CachedDraft
-from edge_agent.engines.onnx_folder import INSTALL, MODEL_FILE, OnnxFolder
+from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, OnnxFolder
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
 
@@ -57,6 +57,7 @@ class OnnxDraft(CachedDraft):
         self._session = _load(library, folder / MODEL_FILE, threads, provider)
         max_context = min(context_tokens or self.model.context_tokens, self.model.context_tokens)
         self._binding = self._bind(library, max_context, "cuda" if provider in _GPU_PROVIDERS else "cpu")
+        self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
         self._mask = np.ones((1, max_context), dtype=np.int64)
         super().__init__(folder.name, batch_tokens, Capabilities(True, can_tree=False, max_context=max_context))
 
@@ -73,7 +74,7 @@ class OnnxDraft(CachedDraft):
         """Allocate the cache, each buffer both past and present."""
         binding = self._session.io_binding()
         for tensor in self._session.get_inputs():
-            if tensor.name in (_IDS, _MASK):
+            if tensor.name in (_IDS, _MASK, LOGITS_ROWS):
                 continue
             if not tensor.name.startswith(_PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
                 raise EngineError(f"{self.model.folder}: the graph has an input {tensor.name!r}, which is not known "
@@ -85,19 +86,20 @@ class OnnxDraft(CachedDraft):
             binding.bind_ortvalue_output(_PRESENT + tensor.name.removeprefix(_PAST), cache)
         return binding
 
-    def _evaluate(self, start: int, stop: int) -> NDArray[np.float32] | None:
-        binding = self._binding
+    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
+        binding, rows = self._binding, stop - start
         binding.bind_cpu_input(_IDS, np.array([self._tokens[start:stop]], dtype=np.int64))
         binding.bind_cpu_input(_MASK, self._mask[:, :stop])
+        if self._selects_rows:
+            wanted = range(rows - max(num_logits, 1), rows)  # none at all would be an empty matrix product
+            binding.bind_cpu_input(LOGITS_ROWS, np.array(wanted, dtype=np.int64))
         binding.bind_output(_LOGITS)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its classes share no base of their own
-            raise EngineError(f"onnxruntime cannot evaluate {stop - start} token(s): {_one_line(error)}") from error
-        if stop < len(self._tokens):
-            return None
-        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0, -1]  # bound last
-        return logits.astype(np.float32, copy=False)
+            raise EngineError(f"onnxruntime cannot evaluate {rows} token(s): {_one_line(error)}") from error
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0]  # bound last
+        return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
 
     def _remove(self, length: int) -> bool:
         return True  # what lies behind the mask does not count

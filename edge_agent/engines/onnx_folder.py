@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 MODEL_FILE = "model.onnx"
+LOGITS_ROWS = "logits_rows"  # input (n) of graphs made by `prepare`: which rows the output layer reads
 CONFIG_FILE = "genai_config.json"
 # Special tokens that end a generation whatever the files say, by llama.cpp's list (`llama-vocab.cpp`).
 _END_SPELLINGS = frozenset({

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.engines.onnx_folder import LOGITS_ROWS
 from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
 
 if TYPE_CHECKING:
@@ -79,7 +80,13 @@ class _Rewrite:
     def _matmul(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
         """`weights` are (N, K), one row for each output."""
         columns, name, source = weights.shape[1], node.input[1], node.input[0]
-        found = None if node.output[0] in self._outputs else affine4(weights)
+        found = None
+        if node.output[0] in self._outputs:
+            rows = f"{source}_rows"
+            yield self._node("Gather", [source, self._rows_input()], rows, domain="", axis=1)
+            source = rows
+        else:
+            found = affine4(weights)
         if found is None:
             inputs = self._in_8_bits(name, weights)
             bits = 8
@@ -125,6 +132,13 @@ class _Rewrite:
             self._node("ReduceSum", [blocked, axis], sums, domain="", keepdims=0),
             self._node("Concat", [source, sums], whole, domain="", axis=-1),
         ]
+
+    def _rows_input(self) -> str:
+        """The input that names the rows whose logits are wanted: an output layer is a fifth of a small model."""
+        from onnx import TensorProto, helper
+
+        self._graph.input.append(helper.make_tensor_value_info(LOGITS_ROWS, TensorProto.INT64, ["num_logits"]))
+        return LOGITS_ROWS
 
     def _in_8_bits(self, name: str, weights: Floats) -> list[str]:
         if f"{name}_values" in self._tensors:

@@ -22,6 +22,8 @@ REAL: Mapping[str, Mapping[str, object]] = {
     "garbage": {},
     "llama_cpp": {"draft.engine": "llama_cpp"},
     "llama_cpp_q8_0": {"draft.engine": "llama_cpp", "draft.quantization": "q8_0"},
+    "ngram": {"draft.engine": "ngram"},
+    "ngram+llama_cpp": {"draft.engine": "ngram+llama_cpp"},
 }
 RECORDED_DRAFT_MS = 8.0
 PROMPT_TOKENS = 64

@@ -34,7 +34,7 @@ class DraftPath:
         self.clock = StepClock()
         self.sent_len = len(self.log)
         self.in_flight: Draft | None = None
-        self.is_exhausted = False  # the draft context is full
+        self.is_exhausted = False  # the draft context is full, or the draft has nothing to say
         self.wasted_tokens = 0
         self.draft_ms = 0.0  # per token, smoothed; 0 while unknown
         self._confidence = bytearray(len(self.log))
@@ -139,6 +139,8 @@ class DraftPath:
         self._awaited_len = start + len(tokens) + hold_tokens
         effects = self._cut(start + matched) if matched < len(tokens) else []
         self._append(tokens[matched:], bytes(len(tokens) - matched))
+        if matched < len(tokens):
+            self.is_exhausted = False  # what had nothing to say to the old text may have to the new
         self.sent_len = max(self.sent_len, start + len(tokens))
         return matched, effects
 

@@ -187,12 +187,13 @@ def test_verifier_says_how_much_it_will_hold() -> None:
     assert session.receive(1, Commit(3, (9,)), 0.0)[-1] == Draft(4, hashed(4), (9,), 3)  # still
 
 
-def test_engine_without_room_is_left_alone() -> None:
+def test_engine_with_nothing_to_say_is_asked_again_when_the_text_is_another() -> None:
     session = session_of()
     session.start(0.0)
     assert session.drafted((), (), 0.0) == []
-    session.connected(1, 0.0)
-    assert of_type(session.receive(1, Commit(2, (5,)), 0.0), Draft) == []
+    assert of_type(session.connected(1, 0.0), Draft) == []
+    assert len(of_type(session.receive(1, Commit(2, (5,)), 0.0), Draft)) == 1
+    assert of_type(session.drafted((), (), 0.0), Draft) == []
 
 
 def test_plain_stream_drafts_nothing_while_the_cloud_is_there() -> None:

@@ -18,6 +18,7 @@ def test_nothing_happened() -> None:
         "bytes_down_per_token",
     }
     assert report.pop("num_accepted_tokens_per_pos") == []
+    assert report.pop("draft_sources") == {}
     assert {value for value in report.values() if value is not None} == {0}
 
 
@@ -52,6 +53,7 @@ def test_a_sequence_by_hand() -> None:
         "num_accepted_tokens_per_pos": [1, 1],
         "acceptance_rate": 0.5,
         "mean_acceptance_length": 2.0,
+        "draft_sources": {},
         "mean_verify_ms": 25.0,
         "wasted_draft_tokens": 6,
         "draft_ms": 5.0,

@@ -81,6 +81,25 @@ class TestDraft:
         proposed = engine.propose(4).tokens
         assert proposed == fresh(engine, [*prompt, *drafted[:kept], 60], sampling, len(prompt), 4)
 
+    @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+    @pytest.mark.parametrize("right", range(5))
+    def test_a_checked_guess_gives_what_it_would_have_drafted_alone(
+        self, engine: OnnxDraft, sampling: Sampling, right: int
+    ) -> None:
+        prompt = list(TEXT[:7])
+        alone = fresh(engine, prompt, sampling, len(prompt), 8)
+        engine.rollback(len(prompt))
+        guess = [*alone[:right], (alone[right] + 1) % SIZE, 5][:4]
+        checked = engine.propose_checked(guess)
+        assert checked.tokens == alone[: right + 1]
+        assert len(checked.confidence) == len(checked.tokens)
+        assert engine.propose(2).tokens == alone[right + 1 :][:2]
+
+    def test_a_guess_is_cut_at_the_end_of_the_context(self, engine: OnnxDraft) -> None:
+        engine.reset([30] * (CONTEXT_TOKENS - 1), GREEDY, 1)
+        assert len(engine.propose_checked([1, 2, 3]).tokens) == 1
+        assert engine.propose_checked([1]).tokens == ()
+
     def test_what_was_appended_in_pieces_is_evaluated_behind_what_is_cached(self, engine: OnnxDraft) -> None:
         engine.reset(TEXT[:5], GREEDY, 5)
         drafted = engine.propose(2).tokens
