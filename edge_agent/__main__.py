@@ -18,7 +18,7 @@ from rich.progress import Progress
 from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
 from edge_agent.display import JsonLines, Screen
 from edge_agent.engines import load_draft
-from edge_agent.setup import make_agent, make_request
+from edge_agent.setup import make_agent, make_request, make_settings
 from shared.config import ConfigError
 from shared.core.effects import Finished, Refused
 from shared.core.settings import OnDisconnect
@@ -138,13 +138,15 @@ def prepare(
 
 
 async def _answer(config: EdgeConfig, prompt: str, local: bool, as_json: bool) -> int:
+    if local and not config.draft.can_write:
+        raise ConfigError(f"--local needs a draft that can write; draft.engine {config.draft.engine} only copies")
     path = resolve_model(config.draft.model, "draft.model")
     with Console(stderr=True).status(f"loading {path.name}"):
         loaded = load_draft(config.draft, path)
     request = make_request(config, loaded, prompt)
     agent = make_agent(config, loaded, offline=local)
     display = JsonLines(loaded.model) if as_json else Screen(loaded.model)
-    goes_on = config.link.on_disconnect is OnDisconnect.CONTINUE
+    goes_on = make_settings(config).on_disconnect is OnDisconnect.CONTINUE
     code, complaint = 0, ""
     try:
         async for event in agent.answer(request):

@@ -37,7 +37,7 @@ def _drafting(config: EdgeConfig, draft_ms: float, step_ms: float, gain: float, 
         advice.append(Advice("speculation.enabled", "true", f"answers would come {gain * 1.1:.1f} times as fast"))
     if draft_ms > step_ms * _SLOW_DRAFT:
         limit = f"a draft token takes {draft_ms:.1f} ms, a target step {step_ms:.1f} ms: the draft is the limit"
-        if draft.quantization is None:
+        if draft.quantization is None and draft.engine.endswith("llama_cpp"):
             advice.append(Advice("draft.quantization", "q8_0", f"{limit}; worth a try"))
         if 0 < draft.threads < num_cpus:
             advice.append(Advice("draft.threads", str(draft.threads + 1), f"{limit}; there are {num_cpus} processors"))

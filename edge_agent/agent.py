@@ -33,8 +33,8 @@ from shared.core.effects import (
 from shared.core.errors import RemoteProtocolError
 from shared.core.messages import CloudMessage, Commit, FailureCode, Finish
 from shared.core.policies import DraftPolicy
-from shared.core.settings import EdgeSettings, Request
-from shared.engine import DraftEngine, EngineError, Proposal
+from shared.core.settings import EdgeSettings, OnDisconnect, Request
+from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
 from shared.vocabulary import Vocabulary, describe_mismatch
 
 log = structlog.get_logger(__name__)
@@ -144,12 +144,14 @@ class _Run:
         self._engine = engine
         self._worker = worker
         self._channel = channel
+        self._settings = settings
         self._session = EdgeSession(request, settings, policy)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_reset = False  # the engine still holds the last answer's tokens
         self._engine_error: EngineError | None = None
         self._is_complete = False  # the verifier said that the text ends
+        self._is_paused = False  # nothing goes on until the verifier is back
         self._is_over = False
         self._statistics = Statistics(time.monotonic())
 
@@ -185,6 +187,7 @@ class _Run:
         if isinstance(message, Commit):
             self._statistics.saw_commit(message)
             self._is_complete = message.finish is not Finish.NONE
+            self._is_paused = False
         try:
             self._do(lambda now: self._session.receive(stream, message, now))
         except RemoteProtocolError as error:
@@ -243,6 +246,9 @@ class _Run:
             case Disconnect(stream=stream):
                 self._statistics.disconnects += 1
                 self._channel.disconnect(stream)
+                if self._settings.on_disconnect is OnDisconnect.PAUSE and not self._is_paused:
+                    self._is_paused = True
+                    log.warning("the verifier cannot be reached; the answer waits for it")
             case Draft() | Rollback():
                 future = self._loop.run_in_executor(self._worker, self._operate, effect)
                 future.add_done_callback(partial(self._operated, effect))
@@ -284,9 +290,16 @@ class _Run:
             self._fail(error)
         elif isinstance(effect, Draft):
             proposal = future.result()
-            if self._session.path.log.has_prefix(effect.start, effect.parent_hash):  # else it comes too late
-                self._statistics.sources.drafted(effect.start, proposal)
             self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
+            self._note_sources(effect, proposal)
+
+    def _note_sources(self, draft: Draft, proposal: Proposal) -> None:
+        """Remember who drafted what became of the own path; what the verifier has overtaken is not judged."""
+        log, sources = self._session.path.log, proposal.sources or (MODEL_SOURCE,) * len(proposal.tokens)
+        if log.has_prefix(draft.start, draft.parent_hash):
+            end = log.match(draft.start, proposal.tokens)
+            known = max(0, self._session.committed_len - draft.start)
+            self._statistics.sources.drafted(draft.start + known, proposal.tokens[known:end], sources[known:end])
 
     def _fail(self, error: BaseException) -> None:
         """End the answer by raising to its caller."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from shared.config import Address, ExistingFile, LogConfig, Section, TlsConfig, TokenSection, load_config
@@ -15,16 +15,28 @@ ENV_PREFIX = "OUTRIDER_EDGE_"
 DEFAULTS = Path(__file__).with_name("default.yaml")
 
 
+def _combined(engines: object) -> object:
+    """[ngram, onnx] means ngram+onnx."""
+    return "+".join(map(str, engines)) if isinstance(engines, list) else engines
+
+
 class DraftConfig(Section):
     """The draft model and how it runs."""
 
-    engine: Literal["llama_cpp", "onnx", "ngram", "ngram+llama_cpp", "ngram+onnx"]
+    engine: Annotated[
+        Literal["llama_cpp", "onnx", "ngram", "ngram+llama_cpp", "ngram+onnx"], BeforeValidator(_combined)
+    ]
     model: Annotated[str, Field(min_length=1)]
     quantization: Literal["q8_0"] | None
     texts_file: ExistingFile | None
     provider: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=256)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]
+
+    @property
+    def can_write(self) -> bool:
+        """Whether it can go on without a verifier: copies alone are no text."""
+        return self.engine != "ngram"
 
 
 class EdgeTlsConfig(TlsConfig):

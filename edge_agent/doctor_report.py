@@ -33,10 +33,12 @@ def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:
 
 def in_words(expected: Expected) -> str:
     """What an answer will be like."""
-    local = f"local {expected.local_tpot_ms:.1f}"
+    local = "no local text" if expected.local_tpot_ms is None else f"local {expected.local_tpot_ms:.1f}"
     cloud_only, speculative = expected.cloud_only_tpot_ms, expected.speculative_tpot_ms
     if cloud_only is None or speculative is None or expected.paying_rtt_ms is None:
         return f"Expected time per token, ms: {local}; without a verifier nothing else."
+    if expected.local_tpot_ms is not None:
+        local += " (the draft model's own text)"
     ratio = cloud_only / speculative
     if expected.paying_rtt_ms <= 0:
         until = "Drafting gains less than 10 % at any round trip."
@@ -46,7 +48,7 @@ def in_words(expected: Expected) -> str:
         until = f"Drafting gains 10 % or more up to a round trip of {expected.paying_rtt_ms:.0f} ms."
     return (
         f"Expected time per token, ms: cloud-only {cloud_only:.1f}, speculative {speculative:.1f} ({ratio:.2f}x),"
-        f" {local} (the draft model's own text). {until}"
+        f" {local}. {until}"
     )
 
 

@@ -10,7 +10,7 @@ from edge_agent.engines.chat import chat_prompt
 from shared.core.link import LinkSettings
 from shared.core.messages import Want
 from shared.core.policies import DraftPolicy
-from shared.core.settings import EdgeSettings, Request
+from shared.core.settings import EdgeSettings, OnDisconnect, Request
 from shared.engine import EngineError
 from shared.policy.run_ahead import RunAhead, StopAndWait
 
@@ -41,15 +41,17 @@ def make_request(config: EdgeConfig, loaded: LoadedDraft, prompt: str) -> Reques
 
 
 def make_settings(config: EdgeConfig, offline: bool = False) -> EdgeSettings:
-    """How a session treats its link, by these settings."""
-    link = config.link
+    """How a session treats its link, by these settings. A draft that cannot write waits where others go on alone."""
+    link, on_disconnect = config.link, config.link.on_disconnect
+    if on_disconnect is OnDisconnect.CONTINUE and not config.draft.can_write:
+        on_disconnect = OnDisconnect.PAUSE
     return EdgeSettings(
         link=LinkSettings(max_stall_ms=link.max_stall_ms, heartbeat_ms=link.heartbeat_ms),
         patience_ms=link.patience_ms,
         connect_timeout_ms=link.connect_timeout_ms,
         backoff_initial_ms=link.backoff_initial_ms,
         backoff_max_ms=link.backoff_max_ms,
-        on_disconnect=link.on_disconnect,
+        on_disconnect=on_disconnect,
         on_reconnect=link.on_reconnect,
         offline=offline,
     )

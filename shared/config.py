@@ -202,13 +202,18 @@ def _leaves(section: yaml.MappingNode, prefix: Key, path: Path) -> Iterator[Sett
             raise ConfigError(f"{where}: {'.'.join(key)}: nested too deep")
         if isinstance(value_node, yaml.MappingNode):
             yield from _leaves(value_node, key, path)
-        elif not isinstance(value_node, yaml.ScalarNode):
-            raise ConfigError(f"{where}: {'.'.join(key)}: expected a single value, got {_kind(value_node)}")
-        elif value_node.tag not in _SCALAR_TAGS:
-            raise ConfigError(f"{where}: {'.'.join(key)}: the tag {value_node.tag} is not supported; write plain text")
+        elif isinstance(value_node, yaml.SequenceNode):
+            yield key, [_scalar(item, key, where) for item in value_node.value], where
         else:
-            is_null = value_node.style is None and value_node.value in _NULLS
-            yield key, None if is_null else value_node.value, where
+            yield key, _scalar(value_node, key, where), where
+
+
+def _scalar(node: yaml.Node, key: Key, where: str) -> str | None:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{where}: {'.'.join(key)}: expected a single value, got {_kind(node)}")
+    if node.tag not in _SCALAR_TAGS:
+        raise ConfigError(f"{where}: {'.'.join(key)}: the tag {node.tag} is not supported; write plain text")
+    return None if node.style is None and node.value in _NULLS else str(node.value)
 
 
 def _kind(node: yaml.Node) -> str:
@@ -264,8 +269,8 @@ def _problem(model: type[Section], key: Key, error: ErrorDetails) -> str:
         return str(error["ctx"]["error"])
     got = error["input"]
     field = model.model_fields[key[-1]]
-    if isinstance(got, dict):
-        got = "a section"
+    if isinstance(got, dict | list):
+        got = "a section" if isinstance(got, dict) else "a list"
     elif SecretStr in _options(field.annotation):
         got = "something else"  # a secret is never shown
     return f"expected {_expected(field)}, got {'nothing' if got is None else got}"

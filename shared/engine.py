@@ -73,7 +73,10 @@ class DraftEngine(Protocol):
         ...
 
     def propose(self, n: int) -> Proposal:
-        """Draft up to `n` tokens after the list and append them to it. Fewer come at the end of the context."""
+        """Draft up to `n` tokens after the list and append them to it.
+
+        Fewer may come; none at the end of the context, or where there is nothing to say until the list changes.
+        """
         ...
 
     def rollback(self, length: int) -> None:

@@ -25,6 +25,7 @@ class LoadedDraft:
     model: Tokenizer
 
 
+_MOST_TEXT_BYTES = 8 << 20  # a text takes some 60 times its size in memory, to be found in microseconds
 ModelLoader = Callable[[DraftConfig, Path], tuple[CachedDraft, Tokenizer]]
 
 
@@ -64,20 +65,24 @@ def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
     check_draft(model)
     if not before:
         return LoadedDraft(model, tokenizer)
-    engine = LookupDraft(model, _ngrams(config, tokenizer), measure_row_ms(model))
-    check_draft(engine)
-    return LoadedDraft(engine, tokenizer)
+    return LoadedDraft(LookupDraft(model, _ngrams(config, tokenizer), measure_row_ms(model)), tokenizer)
 
 
 def _ngrams(config: DraftConfig, tokenizer: Tokenizer) -> NgramDraft:
-    text = config.texts_file.read_text(encoding="utf-8", errors="replace") if config.texts_file else ""
+    text, file = "", config.texts_file
+    if file is not None:
+        if file.stat().st_size > _MOST_TEXT_BYTES:
+            raise EngineError(
+                f"draft.texts_file {file} has more than {_MOST_TEXT_BYTES >> 20} MB; keep the latest part"
+            )
+        text = file.read_text(encoding="utf-8", errors="replace")
     return NgramDraft(tokenizer.vocabulary.fingerprint, config.context_tokens, tokenizer.tokenize(text))
 
 
 def _tokenizer(path: Path) -> Tokenizer:
     """The text side of a model that does not run."""
     if not path.is_dir():
-        return LlamaModel(path, gpu_layers=0)
+        return LlamaModel(path, vocabulary_only=True)
     from edge_agent.engines.onnx_folder import OnnxFolder
 
     return OnnxFolder(path)

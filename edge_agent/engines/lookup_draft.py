@@ -5,7 +5,7 @@ would cost more round trips than they save. But the model must evaluate these to
 and where the kernels allow it five tokens at once take far less than five times as long as one. So the guess goes
 through the model first ("staged" speculation: Spector and Re, arXiv 2308.04623), and what comes out is what the model
 alone would have drafted, sooner. How much to guess follows from what a forward of so many rows costs here, measured at
-load, and from how often guesses after matches of that length were right.
+load, and from how often the model agreed with what followed a match of that length.
 """
 
 import time
@@ -13,14 +13,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from edge_agent.engines import ngram
-from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.ngram import CopyChances, NgramDraft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Fingerprint, Sampling
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
 
-_MOST_GUESSED = 7
-_PRIOR_WEIGHT = 8.0  # observations
-_WINDOW = 64.0
+_MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
 
 
 class CheckingDraft(DraftEngine, Protocol):
@@ -73,7 +71,7 @@ class LookupDraft:
         self._row_ms = row_ms
         self._length = 0
         self._ready: list[tuple[int, float, str]] = []  # token, confidence, source
-        self._chances: dict[int, tuple[float, float]] = {}  # by length of match: smoothed, observations
+        self._chances = CopyChances()
 
     def __repr__(self) -> str:
         return f"<LookupDraft {self._length} tokens, {len(self._ready)} ready, {self._lookup!r} before {self._model!r}>"
@@ -110,16 +108,16 @@ class LookupDraft:
         self._lookup.extend(tokens)
 
     def propose(self, n: int) -> Proposal:
-        """Draft up to `n` tokens after the list and append them to it. Raises `EngineError`, as the model does."""
-        drafted: list[tuple[int, float, str]] = []
-        while len(drafted) < n:
-            self._ready = self._ready or self._draft()
-            if not self._ready:
-                break  # the end of the context
-            drafted.append(self._ready.pop(0))
-            self._length += 1
-            self._lookup.extend(drafted[-1][:1])
+        """Draft up to `n` tokens after the list and append them to it, with one forward at most.
+
+        None come at the end of the context. Raises `EngineError`, as the model does.
+        """
+        if n > 0 and not self._ready:
+            self._ready = self._draft()
+        drafted, self._ready = self._ready[:n], self._ready[n:]
         tokens, confidence, sources = zip(*drafted, strict=True) if drafted else ((), (), ())
+        self._lookup.extend(tokens)
+        self._length += len(tokens)
         return Proposal(tokens, confidence, sources)
 
     def rollback(self, length: int) -> None:
@@ -139,19 +137,11 @@ class LookupDraft:
     def _draft(self) -> list[tuple[int, float, str]]:
         """Let the model draft at least one token, with a guess where that pays."""
         length, guess = self._lookup.guess(_MOST_GUESSED)
-        matches = range(length, length + len(guess))  # each token that is right makes the match longer
-        guess = guess[: guess_length([self._chance(match) for match in matches], self._row_ms)]
+        matches = range(length, length + len(guess))  # each token, if it is right, makes the match longer
+        guess = guess[: guess_length(list(map(self._chances.after, matches)), self._row_ms)]
         proposal = self._model.propose_checked(guess)
-        right = len(proposal.tokens) - 1  # the last one is the model's own
-        for index, match in enumerate(matches[: len(guess)][: right + 1]):
-            self._observe(match, index < right)
+        right = max(0, len(proposal.tokens) - 1)  # the last one is the model's own
+        for index, match in enumerate(matches[: min(right + 1, len(guess))]):
+            self._chances.observe(match, index < right)
         sources = (ngram.SOURCE,) * right + (MODEL_SOURCE,)
-        return list(zip(proposal.tokens, proposal.confidence, sources[: len(proposal.tokens)], strict=True))
-
-    def _chance(self, match: int) -> float:
-        return self._chances.get(match, (ngram.chance(match), _PRIOR_WEIGHT))[0]
-
-    def _observe(self, match: int, was_right: bool) -> None:
-        smoothed, seen = self._chances.get(match, (ngram.chance(match), _PRIOR_WEIGHT))
-        seen = min(seen + 1, _WINDOW)
-        self._chances[match] = (smoothed + (was_right - smoothed) / seen, seen)
+        return list(zip(proposal.tokens, proposal.confidence, sources, strict=False))

@@ -16,13 +16,29 @@ SOURCE = "ngram"
 _KEY_TOKENS = 2  # what a single token was followed by is right one time in five
 _LONGEST_MATCH = 16
 _TRIED = 32  # of the places that end alike, the latest
-# How often a token is right by the length of its match: greedy answers of SmolLM2-135M to 26 prompts of Spec-Bench.
-_CHANCES = (0.0, 0.2, 0.4, 0.6, 0.7, 0.7, 0.75)
+# How often a token is right by the length of its match, longer ones as the last: greedy answers of SmolLM2-135M to
+# prompts of Spec-Bench.
+_CHANCES = (0.0, 0.2, 0.4, 0.55, 0.65, 0.75, 0.75, 0.8)
+_PRIOR_WEIGHT = 8.0  # observations
+_WINDOW = 64.0
 
 
-def chance(match_tokens: int) -> float:
-    """Probability that what followed a match of this length follows again."""
-    return _CHANCES[min(match_tokens, len(_CHANCES) - 1)]
+class CopyChances:
+    """How often a copied token is right, by the length of the match before it: a prior, drawn to what is observed."""
+
+    def __init__(self) -> None:
+        self._seen = [(_CHANCES[min(length, len(_CHANCES) - 1)], _PRIOR_WEIGHT) for length in range(_LONGEST_MATCH + 1)]
+
+    def after(self, match_tokens: int) -> float:
+        """Probability, 0 to 1, that what followed a match of this length follows again."""
+        return self._seen[min(match_tokens, _LONGEST_MATCH)][0]
+
+    def observe(self, match_tokens: int, was_right: bool) -> None:
+        """Learn from one token."""
+        length = min(match_tokens, _LONGEST_MATCH)
+        chance, seen = self._seen[length]
+        seen = min(seen + 1, _WINDOW)
+        self._seen[length] = (chance + (was_right - chance) / seen, seen)
 
 
 class TokenIndex:
@@ -68,7 +84,10 @@ class TokenIndex:
 
 
 class NgramDraft:
-    """`DraftEngine` that copies from the session's own tokens, and from texts kept on the device."""
+    """`DraftEngine` that copies from the session's own tokens, and from texts kept on the device.
+
+    It learns how often it is right from the rollbacks: what stands before one was right, and what begins there was not.
+    """
 
     def __init__(self, fingerprint: Fingerprint, max_context: int, past_texts: Sequence[int] = ()) -> None:
         """`past_texts` are token ids of that vocabulary."""
@@ -77,6 +96,8 @@ class NgramDraft:
         self._session = TokenIndex()
         self._past = TokenIndex()
         self._past.extend(past_texts)
+        self._chances = CopyChances()
+        self._unjudged: list[tuple[int, int]] = []  # copied tokens: position, length of match
 
     def __repr__(self) -> str:
         return f"<NgramDraft {len(self._session.tokens)} tokens, {len(self._past.tokens)} of past texts>"
@@ -93,13 +114,9 @@ class NgramDraft:
 
     def reset(self, tokens: Sequence[int], sampling: Sampling, prompt_len: int) -> None:
         """Start on `tokens`. The sampling setting changes nothing: there are no probabilities to select by."""
-        kept = 0
-        for old, new in zip(self._session.tokens, tokens, strict=False):
-            if old != new:
-                break
-            kept += 1
-        self._session.truncate(kept)
-        self._session.extend(tokens[kept:])
+        self._session = TokenIndex()
+        self._session.extend(tokens)
+        self._unjudged = []
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that are now part of the text."""
@@ -121,17 +138,23 @@ class NgramDraft:
 
     def propose(self, n: int) -> Proposal:
         """Draft up to `n` tokens after the list and append them to it; none where nothing like it was seen before."""
-        n = min(n, self._capabilities.max_context - len(self._session.tokens))
+        start = len(self._session.tokens)
+        n = min(n, self._capabilities.max_context - start)
         length, tokens = self.guess(n) if n > 0 else (0, ())
+        matches = range(length, length + len(tokens))  # each token, if it is right, makes the match longer
         self._session.extend(tokens)
-        confidence = tuple(chance(length + index) for index in range(len(tokens)))
-        return Proposal(tokens, confidence, (SOURCE,) * len(tokens))
+        self._unjudged += enumerate(matches, start)
+        return Proposal(tokens, tuple(map(self._chances.after, matches)), (SOURCE,) * len(tokens))
 
     def rollback(self, length: int) -> None:
         """Forget every token from position `length` on."""
         if not 0 <= length <= len(self._session.tokens):
             raise LocalProtocolError(f"cannot roll back to {length} tokens, there are {len(self._session.tokens)}")
         self._session.truncate(length)
+        for position, match in self._unjudged:
+            if position <= length:
+                self._chances.observe(match, position < length)
+        self._unjudged = []
 
     def close(self) -> None:
         """Forget everything."""

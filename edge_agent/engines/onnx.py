@@ -99,6 +99,9 @@ class OnnxDraft(CachedDraft):
         except Exception as error:  # its classes share no base of their own
             raise EngineError(f"onnxruntime cannot evaluate {rows} token(s): {_one_line(error)}") from error
         logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0]  # bound last
+        if len(logits) < num_logits:
+            raise EngineError(f"{self.model.folder}: the graph gives the last row's logits only, so it cannot check "
+                              "copies; make it again with edge-agent prepare")  # fmt: skip
         return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
 
     def _remove(self, length: int) -> bool:

@@ -97,7 +97,7 @@ class DraftPath:
         draft, self.in_flight = self.in_flight, None
         if draft is None:
             raise LocalProtocolError("drafted without a draft in flight")
-        self.is_exhausted = not tokens
+        self.is_exhausted = not tokens and self.log.hash_at(len(self.log)) == draft.parent_hash
         self._recently_drafted += len(tokens)
         if tokens and len(draft.feed) <= 1 + draft.n:  # a prompt's evaluation says nothing about drafting
             elapsed_ms = (now - self._drafting_since) * 1000 / len(tokens)

@@ -117,13 +117,17 @@ def with_weights(path: Path, weights: Weights, cache_dir: Path) -> Path:
 class LlamaModel:
     """A GGUF file: weights, metadata and vocabulary. Close every context of it before it."""
 
-    def __init__(self, path: Path, *, gpu_layers: int = -1) -> None:
-        """Load the file, with `gpu_layers` layers on the GPU if there is one (-1: all). Raises `EngineError`."""
+    def __init__(self, path: Path, *, gpu_layers: int = -1, vocabulary_only: bool = False) -> None:
+        """Load the file, with `gpu_layers` layers on the GPU if there is one (-1: all). Raises `EngineError`.
+
+        With `vocabulary_only` no weights are read; it then is a tokenizer and no more.
+        """
         check_is_gguf(path)
         self.path = path
         self._lib = _library()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocabulary_only
         _error_lines.clear()
         self.handle = self._lib.llama_model_load_from_file(bytes(path), params)
         if not self.handle:

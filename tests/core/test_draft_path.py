@@ -53,6 +53,14 @@ def test_engine_with_no_room_is_asked_no_more() -> None:
     assert not path.can_draft
 
 
+def test_an_engine_with_nothing_to_say_is_asked_again_if_the_text_changed_meanwhile() -> None:
+    path = DraftPath((1,))
+    path.draft(4, now=0.0)
+    path.lay(1, (5,), num_accepted=0, hold_tokens=0)
+    assert path.drafted((), (), NO_STOPS, now=0.0) == []
+    assert path.can_draft
+
+
 def test_path_ends_at_a_stop_token() -> None:
     path = DraftPath((1,))
     path.draft(3, now=0.0)

@@ -111,6 +111,12 @@ def test_a_verifier_that_is_not_there_costs_no_token(run: Run, capsys: pytest.Ca
     assert output.err == f"edge-agent: no verifier was reached at {NOBODY}; the answer is local and unverified\n"
 
 
+def test_copies_are_no_local_answer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--local", draft__engine="ngram") == cli.EXIT_MISTAKE
+    message = "edge-agent: --local needs a draft that can write; draft.engine ngram only copies\n"
+    assert capsys.readouterr().err == message
+
+
 def test_an_answer_given_up_says_why_on_a_line_of_its_own(
     run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import EdgeConfig, load_edge_config
+from edge_agent.setup import make_settings
 from shared.config import ConfigError
 from shared.core.messages import Sampling
 from shared.core.settings import EdgeSettings, OnDisconnect, OnReconnect
@@ -78,3 +79,23 @@ def test_tls(tmp_path: Path) -> None:
     ca.write_text("")
     tls = load(verifier__tls__enabled=True, verifier__tls__ca_file=ca, verifier__tls__server_name="cloud").verifier.tls
     assert (tls.enabled, tls.ca_file, tls.server_name) == (True, ca, "cloud")
+
+
+def test_engines_in_a_list_are_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "edge.yaml"
+    for written in ("[ngram, onnx]", "ngram+onnx"):
+        path.write_text(f"draft: {{engine: {written}}}")
+        draft = load_edge_config(path, environ={}, overrides={}).draft
+        assert (draft.engine, draft.can_write) == ("ngram+onnx", True)
+    path.write_text("draft:\n  engine: [ngram]")
+    assert not load_edge_config(path, environ={}, overrides={}).draft.can_write
+    path.write_text("draft:\n  engine: [onnx, ngram]")
+    with pytest.raises(ConfigError, match=r"edge.yaml:2: draft.engine: expected one of .*, ngram\+onnx, got onnx\+ngram"):
+        load_edge_config(path, environ={}, overrides={})
+
+
+def test_a_draft_that_cannot_write_waits_for_the_link() -> None:
+    for chosen, becomes in (("continue", "pause"), ("pause", "pause"), ("fail", "fail")):
+        settings = make_settings(load(draft__engine="ngram", link__on_disconnect=chosen))
+        assert settings.on_disconnect.value == becomes
+    assert make_settings(load(draft__engine="ngram+onnx")).on_disconnect is OnDisconnect.CONTINUE

@@ -84,6 +84,26 @@ def test_without_a_verifier_the_local_speed_is_told(toys: Callable[..., None]) -
     assert in_words(diagnosis.expected).endswith("without a verifier nothing else.")
 
 
+def test_n_grams_have_no_local_answers(toys: Callable[..., None]) -> None:
+    toys()
+    chosen = config(NOBODY)
+    copying = chosen.model_copy(update={"draft": chosen.draft.model_copy(update={"engine": "ngram"})})
+    diagnosis = asyncio.run(examine(copying, ["text"]))
+    assert diagnosis.expected is None
+    assert diagnosis.checks[-1].found.startswith("none tried")
+
+    async def test(lab: Lab) -> None:
+        address = copying.verifier.model_copy(update={"address": f"127.0.0.1:{lab.proxy.port}"})
+        diagnosis = await examine(copying.model_copy(update={"verifier": address}), ["one text"])
+        assert diagnosis.is_sound
+        assert diagnosis.expected is not None
+        assert diagnosis.expected.local_tpot_ms is None
+        assert "no local text." in in_words(diagnosis.expected)
+        assert "draft.quantization" not in {advice.key for advice in diagnosis.advice}
+
+    in_lab(test, step_ms=5.0)
+
+
 def test_a_draft_that_does_not_load_leaves_verifier_and_link(toys: Callable[..., None]) -> None:
     toys(error=EngineError("no such file: x.gguf"))
 
