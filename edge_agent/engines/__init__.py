@@ -41,6 +41,10 @@ def _llama_cpp(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]
 def _onnx(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     from edge_agent.engines.onnx import OnnxDraft
 
+    if path.is_file():
+        from edge_agent.engines.onnx_builder import with_onnx
+
+        path = with_onnx(path, default_cache_dir())
     engine = OnnxDraft(path, context_tokens=config.context_tokens, threads=_threads(config), provider=config.provider)
     return engine, engine.model
 

@@ -10,19 +10,41 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from edge_agent.engines.onnx_folder import MODEL_FILE
 from edge_agent.engines.onnx_quantize import quantize_graph
 from shared.engine import EngineError
-from shared.runtimes.hub import default_cache_dir
-from shared.runtimes.huggingface import VOCABULARY_FILE, Progress, convert_gguf
+from shared.runtimes.hub import cached_copy, default_cache_dir
+from shared.runtimes.huggingface import VOCABULARY_FILE, Progress, convert_gguf, no_progress
 
 _BUILDER = "onnxruntime_genai.models.builder"
 _NEEDED = ("accelerate", "gguf", "onnx", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
+_CONVERSION = "onnx-1"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
+
+
+def with_onnx(model: Path, cache_dir: Path) -> Path:
+    """The model as an ONNX folder with small weights, which `cache_dir` keeps; made first where it is not there yet.
+
+    It appears at once when it is complete. Raises `EngineError`.
+    """
+    folder = cached_copy(model, cache_dir, _CONVERSION)
+    if folder.is_dir():
+        return folder
+    _check_packages()
+    from filelock import FileLock
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache_dir) as work:
+                small, _ = build(model, Path(work), no_progress)
+                small.rename(folder)
+    return folder
 
 
 def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
@@ -30,10 +52,7 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
 
     Raises `EngineError`.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EngineError(f"preparing an ONNX model needs {missing[0]!r}; install it with: "
-                          "pip install 'outrider[prepare]'")  # fmt: skip
+    _check_packages()
     source = model if model.is_dir() else _from_gguf(model, work / "source", progress)
     full, small = work / "float32", work / "small"
     progress("building the graph", None)
@@ -46,6 +65,13 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
         if (full / name).is_file():
             shutil.copy(full / name, small)
     return small, full
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EngineError(f"making an ONNX model of another needs {missing[0]!r}; install it with: "
+                          "pip install 'outrider[prepare]', here or where you run edge-agent prepare")  # fmt: skip
 
 
 def _from_gguf(file: Path, folder: Path, progress: Progress) -> Path:

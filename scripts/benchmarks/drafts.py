@@ -22,7 +22,9 @@ REAL: Mapping[str, Mapping[str, object]] = {
     "garbage": {},
     "llama_cpp": {"draft.engine": "llama_cpp"},
     "llama_cpp_q8_0": {"draft.engine": "llama_cpp", "draft.quantization": "q8_0"},
+    "onnx": {"draft.engine": "onnx"},
     "ngram": {"draft.engine": "ngram"},
+    "ngram+onnx": {"draft.engine": "ngram+onnx"},
     "ngram+llama_cpp": {"draft.engine": "ngram+llama_cpp"},
 }
 RECORDED_DRAFT_MS = 8.0

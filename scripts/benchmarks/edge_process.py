@@ -132,7 +132,7 @@ async def serve(say: Say, draft: str, overrides: dict[str, object]) -> None:
     config = load_edge_config(environ=os.environ, overrides={**REAL.get(draft, {}), **overrides})
     configure_logs("error", "console")
     edge = Edge(config, load_source(draft, config))
-    say({"max_stall_ms": config.link.max_stall_ms})
+    say({"max_stall_ms": config.link.max_stall_ms, "can_write": config.draft.can_write})
     answering: asyncio.Task[None] | None = None
 
     async def answer(question: _Question) -> None:

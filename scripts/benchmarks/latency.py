@@ -1,15 +1,15 @@
 """Time per token of four ways to answer, over links: cloud-only, local, stop-and-wait at its best, and Outrider.
 
-One edge process and two verifier processes stay alive throughout. For each prompt the ways run one after the other, so
-a ratio is of two answers that the machine gave within a minute; figures are medians over the prompts and rounds.
-Stop-and-wait has a verifier that waits for it (`self_decode: off`), and the number of drafts that a pilot found best.
+An edge process for each draft and two verifier processes stay alive throughout. Each prompt is answered cloud-only once
+and then in the other ways with one draft after the other, so a ratio is of two answers that the machine gave within a
+minute or two; figures are medians over the prompts and rounds. Stop-and-wait has a verifier that waits for it
+(`self_decode: off`), and the number of drafts that a pilot found best.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from operator import methodcaller
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ class Plan:
     engine: str
     dtype: str
     prompts: Path | None
+    categories: Sequence[str]
     num_prompts: int
     max_new_tokens: int
     rounds: int
@@ -47,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt answered in every way."""
+    """One prompt answered in every way that one draft can."""
 
     prompt: Prompt
     answers: dict[str, dict[str, Any]]
@@ -57,10 +58,6 @@ class Run:
     def tpot_ms(self, way: str) -> float:
         """Of one way, at the user."""
         return float(self.answers[way]["statistics"]["tpot_ms"])
-
-    def ttft_ms(self, way: str) -> float:
-        """Of one way, at the user."""
-        return float(self.answers[way]["statistics"]["ttft_ms"])
 
     @property
     def is_long_enough(self) -> bool:
@@ -77,8 +74,10 @@ class Run:
 class Bench:
     """The processes and the link between them."""
 
-    def __init__(self, edge_process: Child, link: LinkProxy, waiting_link: LinkProxy, costs: list[float]) -> None:
-        self._edge = edge_process
+    def __init__(
+        self, edges: Mapping[str, Child], link: LinkProxy, waiting_link: LinkProxy, costs: Sequence[float]
+    ) -> None:
+        self._edges = edges  # by draft
         self._links = {way: waiting_link if way == "stop_and_wait" else link for way in WAYS}
         self._costs = costs
 
@@ -87,23 +86,30 @@ class Bench:
         for link in self._links.values():
             link.change(*spec.conditions())
 
-    async def answer(self, way: str, prompt: Prompt, max_new_tokens: int, k: int = 0, **more: object) -> dict[str, Any]:
+    def ways(self, draft: str, plan: Plan) -> list[str]:
+        """Those of the plan that this draft can."""
+        return [way for way in plan.ways if way != "local" or self._edges[draft].hello["can_write"]]
+
+    async def answer(
+        self, draft: str, way: str, prompt: Prompt, max_new_tokens: int, k: int = 0, **more: object
+    ) -> dict[str, Any]:
         """One answer. Raises `BenchError` where it was refused or the cloud was lost on the way."""
         address = f"127.0.0.1:{self._links[way].port}"
         question = {"way": way, "k": k, "address": address, "question": prompt.text, "max_new_tokens": max_new_tokens}
-        answer = await self._edge.ask({"do": "answer", **question, **more})
+        answer = await self._edges[draft].ask({"do": "answer", **question, **more})
         if answer["error"] or (way != "local" and "local" in answer["provenance"]):
             raise BenchError(f"{way}: {answer['error'] or 'the cloud was lost during an answer; is the machine busy?'}")
         return answer
 
-    async def run(self, prompt: Prompt, plan: Plan, k: int) -> Run:
-        """Every way, one after the other."""
-        answers = {way: await self.answer(way, prompt, plan.max_new_tokens, k) for way in plan.ways}
-        text = answers["cloud_only"]["tokens"]
-        pattern = await self._edge.ask({"do": "pattern", "question": prompt.text, "tokens": text})
-        return Run(prompt, answers, pattern["right"], pattern["draft_ms"])
+    async def run(self, draft: str, prompt: Prompt, cloud_only: dict[str, Any], plan: Plan, k: int) -> Run:
+        """Every way but cloud-only, one after the other."""
+        ways = self.ways(draft, plan)[1:]
+        answers = {way: await self.answer(draft, way, prompt, plan.max_new_tokens, k) for way in ways}
+        question = {"do": "pattern", "question": prompt.text, "tokens": cloud_only["tokens"]}
+        pattern = await self._edges[draft].ask(question)
+        return Run(prompt, {"cloud_only": cloud_only, **answers}, pattern["right"], pattern["draft_ms"])
 
-    async def best_round(self, prompts: Sequence[Prompt]) -> tuple[int, dict[int, float]]:
+    async def best_round(self, draft: str, prompts: Sequence[Prompt]) -> tuple[int, dict[int, float]]:
         """Drafts a round with which stop-and-wait is fastest, and the TPOT of each that was tried.
 
         Longer rounds are not tried once two in a row were clearly slower than the best.
@@ -111,7 +117,7 @@ class Bench:
         tried: dict[int, float] = {}
         slower = 0
         for k in PILOT_ROUNDS:
-            answers = [await self.answer("stop_and_wait", prompt, PILOT_TOKENS, k) for prompt in prompts]
+            answers = [await self.answer(draft, "stop_and_wait", prompt, PILOT_TOKENS, k) for prompt in prompts]
             tried[k] = round(sum(answer["statistics"]["tpot_ms"] for answer in answers) / len(answers), 2)
             slower = slower + 1 if tried[k] > PILOT_SLOWER * min(tried.values()) else 0
             if slower == 2:
@@ -133,7 +139,7 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(draft: str, plan: Plan) -> AsyncIterator[Bench]:
+async def bench(plan: Plan) -> AsyncIterator[Bench]:
     """Everything up and warm while the context lasts."""
     target = {"target.dtype": plan.dtype}
     sampling = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed}
@@ -148,26 +154,23 @@ async def bench(draft: str, plan: Plan) -> AsyncIterator[Bench]:
             await stack.enter_async_context(LinkProxy("127.0.0.1", _port(child), seed=plan.seed))
             for child in (running, waiting)
         ]
-        edge_process = await stack.enter_async_context(edge(draft, sampling))
-        yield Bench(edge_process, links[0], links[1], running.hello["cost_ms"])
+        edges = {draft: await stack.enter_async_context(edge(draft, sampling)) for draft in plan.drafts}
+        yield Bench(edges, links[0], links[1], running.hello["cost_ms"])
 
 
 async def latency(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]:
     """The figures of `bench latency`: of the only case, or of each under `cases`."""
-    prompts = load_prompts(plan.prompts, plan.num_prompts)
+    prompts = load_prompts(plan.prompts, plan.num_prompts, plan.categories)
     cases = []
-    for draft in plan.drafts:
-        async with bench(draft, plan) as running:
-            for spec in plan.links:
-                running.change(spec)
-                cases.append(
-                    {
-                        "link": spec.name,
-                        "rtt_ms": spec.rtt_ms,
-                        "draft": draft,
-                        **await _case(running, prompts, spec, plan, progress),
-                    }
-                )
+    async with bench(plan) as running:
+        for spec in plan.links:
+            running.change(spec)
+            cases += await _cases(running, prompts, spec, plan, progress)
+    packages = [
+        "torch",
+        "llama-cpp-python",
+        *(["onnxruntime"] if any("onnx" in draft for draft in plan.drafts) else []),
+    ]
     common = {
         "engine": plan.engine,
         "dtype": plan.dtype,
@@ -175,25 +178,46 @@ async def latency(plan: Plan, progress: Callable[[str], None]) -> dict[str, Any]
         "rounds": plan.rounds,
         "temperature": plan.temperature,
         "prompts": "built in" if plan.prompts is None else plan.prompts.name,
-        **machine(plan.seed, "torch", "llama-cpp-python"),
+        **machine(plan.seed, *packages),
     }
     return {**cases[0], **common} if len(cases) == 1 else {**common, "cases": cases}
 
 
-async def _case(
+async def _cases(
     running: Bench, prompts: Sequence[Prompt], spec: LinkSpec, plan: Plan, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    for way in plan.ways:  # the first answer dials, and warms caches
-        await running.answer(way, prompts[0], 8, 4)
-    k, tried = 0, dict[int, float]()
-    if "stop_and_wait" in plan.ways:
-        k, tried = await running.best_round(prompts[:PILOT_PROMPTS])
-        progress(f"{spec.name}: stop-and-wait is fastest with {k} drafts a round: {tried}")
-    runs = []
+) -> list[dict[str, Any]]:
+    """The figures of each draft on one link."""
+    pilots: dict[str, tuple[int, dict[int, float]]] = {}
+    for draft in plan.drafts:
+        for way in running.ways(draft, plan):  # the first answer dials, and warms caches
+            await running.answer(draft, way, prompts[0], 8, 4)
+        pilots[draft] = 0, {}
+        if "stop_and_wait" in plan.ways:
+            pilots[draft] = k, tried = await running.best_round(draft, prompts[:PILOT_PROMPTS])
+            progress(f"{spec.name}: {draft}: stop-and-wait is fastest with {k} drafts a round: {tried}")
+    runs: dict[str, list[Run]] = {draft: [] for draft in plan.drafts}
     for _ in range(plan.rounds):
         for prompt in prompts:
-            runs.append(run := await running.run(prompt, plan, k))
-            progress(f"{spec.name}: {prompt.category}: " + ", ".join(f"{w} {run.tpot_ms(w):.1f}" for w in plan.ways))
+            cloud_only = await running.answer(plan.drafts[0], "cloud_only", prompt, plan.max_new_tokens)
+            for draft in plan.drafts:
+                run = await running.run(draft, prompt, cloud_only, plan, pilots[draft][0])
+                runs[draft].append(run)
+                took = ", ".join(f"{way} {run.tpot_ms(way):.1f}" for way in run.answers)
+                progress(f"{spec.name}: {prompt.category}: {draft}: {took}")
+    return [
+        {
+            "link": spec.name,
+            "rtt_ms": spec.rtt_ms,
+            "draft": draft,
+            **_case(running, runs[draft], running.ways(draft, plan), spec),
+            "stop_and_wait_draft_tokens": k,
+            "stop_and_wait_pilot_tpot_ms": tried,
+        }
+        for draft, (k, tried) in pilots.items()
+    ]
+
+
+def _case(running: Bench, runs: Sequence[Run], ways: Sequence[str], spec: LinkSpec) -> dict[str, Any]:
     counted = [run for run in runs if run.is_long_enough]
     if not counted:
         raise BenchError(f"every answer was shorter than {FEWEST_TOKENS} tokens; give other --prompts")
@@ -201,30 +225,28 @@ async def _case(
     for run in counted:
         by_category.setdefault(run.prompt.category, []).append(run)
     return {
-        **_figures(running, counted, spec, plan),
-        "stop_and_wait_draft_tokens": k,
-        "stop_and_wait_pilot_tpot_ms": tried,
+        **_figures(running, counted, ways, spec),
         "runs": len(counted),
         "short_answers": len(runs) - len(counted),
-        "spread": _spread(counted, plan),
-        "by_category": {name: _figures(running, some, spec, plan) for name, some in by_category.items()},
+        "spread": _spread(counted, ways),
+        "by_category": {name: _figures(running, some, ways, spec) for name, some in by_category.items()},
     }
 
 
-def _figures(running: Bench, runs: Sequence[Run], spec: LinkSpec, plan: Plan) -> dict[str, Any]:
+def _figures(running: Bench, runs: Sequence[Run], ways: Sequence[str], spec: LinkSpec) -> dict[str, Any]:
     def middle(figure: Callable[[Run], float | None]) -> float | None:
         found = [value for run in runs if (value := figure(run)) is not None]
         return round(median(found), 3) if found else None
 
-    def statistic(name: str) -> float | None:
-        return middle(lambda run: run.answers["outrider"]["statistics"][name])
+    def statistic(name: str, way: str = "outrider") -> float | None:
+        return middle(lambda run: run.answers[way]["statistics"][name])
 
     measured = [running.measured(run, spec) for run in runs]
     limits = [best_tpot_ms([one]) for one in measured]
     pairs = list(zip(runs, limits, strict=True))
-    with_stop_and_wait = "stop_and_wait" in plan.ways
+    with_stop_and_wait = "stop_and_wait" in ways
     return {
-        **{f"{way}_tpot_ms": middle(methodcaller("tpot_ms", way)) for way in plan.ways},
+        **{f"{way}_tpot_ms": statistic("tpot_ms", way) if way in ways else None for way in WAYS},
         "ratio_vs_cloud_only": middle(lambda run: run.tpot_ms("cloud_only") / run.tpot_ms("outrider")),
         "ratio_vs_stop_and_wait": middle(lambda run: run.tpot_ms("stop_and_wait") / run.tpot_ms("outrider"))
         if with_stop_and_wait
@@ -232,18 +254,30 @@ def _figures(running: Bench, runs: Sequence[Run], spec: LinkSpec, plan: Plan) ->
         "limit_tpot_ms": round(median(limits), 3),
         "limit_fraction": round(median(limit / run.tpot_ms("outrider") for run, limit in pairs), 3),
         "acceptance_rate": statistic("acceptance_rate"),
+        "draft_sources": _sources(runs),
         "draft_right_rate": middle(lambda run: sum(run.right) / len(run.right)),
         "draft_ms": middle(lambda run: run.draft_ms),
-        "verify_ms": middle(lambda run: run.answers["cloud_only"]["statistics"]["mean_verify_ms"]),
+        "verify_ms": statistic("mean_verify_ms", "cloud_only"),
         "outrider_verify_ms": statistic("mean_verify_ms"),
         "mean_acceptance_length": statistic("mean_acceptance_length"),
-        "ttft_ms": {way: middle(methodcaller("ttft_ms", way)) for way in plan.ways},
+        "ttft_ms": {way: statistic("ttft_ms", way) for way in ways},
         "bytes_up_per_token": statistic("bytes_up_per_token"),
         "bytes_down_per_token": statistic("bytes_down_per_token"),
         "accepted_per_position": _per_position(runs),
         "identical": all(run.is_identical for run in runs),
         "identical_runs": sum(run.is_identical for run in runs),
     }
+
+
+def _sources(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Acceptance by what drafted a token, over all runs."""
+    reports = [run.answers["outrider"]["statistics"]["draft_sources"] for run in runs]
+    found = {}
+    for source in sorted(set().union(*reports)):
+        counts = [report[source] for report in reports if source in report]
+        drafted, accepted = (sum(one[f"num_{what}_tokens"] for one in counts) for what in ("draft", "accepted"))
+        found[source] = {"num_draft_tokens": drafted, "acceptance_rate": round(accepted / drafted, 4)}
+    return found
 
 
 def _per_position(runs: Sequence[Run]) -> list[float]:
@@ -254,14 +288,14 @@ def _per_position(runs: Sequence[Run]) -> list[float]:
     return [round(sum(count) / steps, 4) for count in counts] if steps else []
 
 
-def _spread(runs: Sequence[Run], plan: Plan) -> dict[str, Any]:
+def _spread(runs: Sequence[Run], ways: Sequence[str]) -> dict[str, Any]:
     """Least and largest of the runs."""
     ratios = {
         f"ratio_vs_{way}": [run.tpot_ms(way) / run.tpot_ms("outrider") for run in runs]
         for way in ("cloud_only", "stop_and_wait")
-        if way in plan.ways
+        if way in ways
     }
-    tpots = {f"{way}_tpot_ms": [run.tpot_ms(way) for run in runs] for way in plan.ways}
+    tpots = {f"{way}_tpot_ms": [run.tpot_ms(way) for run in runs] for way in ways}
     return {name: [round(min(found), 3), round(max(found), 3)] for name, found in {**tpots, **ratios}.items()}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -36,15 +37,19 @@ BUILT_IN = (
 )
 
 
-def load_prompts(file: Path | None, count: int) -> list[Prompt]:
-    """The first `count` prompts, categories taken in turn; None takes the built-in set. Raises `BenchError`.
+def load_prompts(file: Path | None, count: int, categories: Sequence[str] = ()) -> list[Prompt]:
+    """The first `count` prompts of these categories (or of all), in turn; None takes the built-in set.
 
     A file has one JSON object a line with `category` and `turns` (as Spec-Bench; the first turn counts) or `prompt`.
+    Raises `BenchError`.
     """
     prompts = list(BUILT_IN) if file is None else _read(file)
     by_category: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         by_category[prompt.category].append(prompt)
+    if unknown := set(categories) - set(by_category):
+        raise BenchError(f"no prompts of category {', '.join(sorted(unknown))}; there are {', '.join(by_category)}")
+    by_category = {name: by_category[name] for name in categories or by_category}
     in_turn = chain.from_iterable(zip_longest(*by_category.values()))
     return [prompt for prompt in in_turn if prompt is not None][:count]
 

@@ -102,11 +102,11 @@ def check_plotting() -> None:
 
 async def one_timeline(plan: Plan, spec: LinkSpec) -> dict[str, Any]:
     """One answer of Outrider with everything that happened in it."""
-    async with bench(plan.drafts[0], replace(plan, ways=("outrider",))) as running:
+    async with bench(replace(plan, drafts=plan.drafts[:1], ways=("outrider",))) as running:
         running.change(spec)
         prompt = load_prompts(plan.prompts, plan.num_prompts)[0]
-        await running.answer("outrider", prompt, plan.max_new_tokens)
-        return await running.answer("outrider", prompt, plan.max_new_tokens, timeline=True)
+        await running.answer(plan.drafts[0], "outrider", prompt, plan.max_new_tokens)
+        return await running.answer(plan.drafts[0], "outrider", prompt, plan.max_new_tokens, timeline=True)
 
 
 async def one_outage(seed: int) -> tuple[dict[str, Any], float, float]:

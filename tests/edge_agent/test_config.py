@@ -90,7 +90,9 @@ def test_engines_in_a_list_are_one_name(tmp_path: Path) -> None:
     path.write_text("draft:\n  engine: [ngram]")
     assert not load_edge_config(path, environ={}, overrides={}).draft.can_write
     path.write_text("draft:\n  engine: [onnx, ngram]")
-    with pytest.raises(ConfigError, match=r"edge.yaml:2: draft.engine: expected one of .*, ngram\+onnx, got onnx\+ngram"):
+    with pytest.raises(
+        ConfigError, match=r"edge.yaml:2: draft.engine: expected one of .*, ngram\+onnx, got onnx\+ngram"
+    ):
         load_edge_config(path, environ={}, overrides={})
 
 

@@ -64,7 +64,7 @@ class TestIndex:
 class TestDraft:
     def test_it_copies_what_followed(self) -> None:
         draft = drafting([1, 2, 3, 4, 5, 6, 9, 2, 3])
-        assert draft.propose(3) == Proposal((4, 5, 6), (0.4, 0.55, 0.65), (SOURCE,) * 3)
+        assert draft.propose(3) == Proposal((4, 5, 6), (0.5, 0.6, 0.65), (SOURCE,) * 3)
         assert draft.propose(2).tokens == (9, 2), "it goes on where it was"
 
     def test_what_was_seen_nowhere_is_not_drafted(self) -> None:

@@ -1,0 +1,103 @@
+"""Every `draft.engine` on the default model: by itself, and with n-grams in front of it."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edge_agent.config import DraftConfig, load_edge_config
+from edge_agent.engines import load_draft
+from edge_agent.engines.lookup_draft import LookupDraft
+from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.onnx_builder import build
+from edge_agent.prepare import Prepared
+from shared.core.messages import Sampling
+from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
+from shared.runtimes.huggingface import no_progress
+from shared.runtimes.llama_cpp import LlamaModel
+from tests.models.tiny_onnx import write_tiny_hf
+
+pytestmark = pytest.mark.models
+
+LIST = "Mars, Venus, Earth and Pluto. Again: Mars, Venus, Earth and Pluto. Again: Mars, Venus,"
+
+
+def config(engine: str, texts_file: Path | None = None) -> DraftConfig:
+    overrides = {"draft.engine": engine, "draft.context_tokens": 256, "draft.texts_file": texts_file}
+    return load_edge_config(environ={}, overrides=overrides).draft
+
+
+def drafted(engine: DraftEngine, n: int) -> Proposal:
+    """Several proposals as one."""
+    tokens, sources = list[int](), list[str]()
+    while len(tokens) < n and (proposal := engine.propose(n - len(tokens))).tokens:
+        tokens += proposal.tokens
+        sources += proposal.sources or (MODEL_SOURCE,) * len(proposal.tokens)
+    return Proposal(tuple(tokens), (1.0,) * len(tokens), tuple(sources))
+
+
+@pytest.mark.parametrize("model", ["llama_cpp", "onnx"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, seed=3)])
+def test_with_n_grams_a_model_drafts_the_same(
+    model: str, sampling: Sampling, default_model_path: Path, prepared_onnx: Prepared
+) -> None:
+    path = prepared_onnx.path if model == "onnx" else default_model_path
+    found = {}
+    for name in (model, f"ngram+{model}"):
+        loaded = load_draft(config(name), path)
+        if isinstance(loaded.engine, LookupDraft):
+            loaded.engine._row_ms = [1.0, *[1.01] * 7]  # guess wherever there is a match, whatever this machine says
+        tokens = loaded.model.tokenize(LIST)
+        loaded.engine.reset(tokens, sampling, len(tokens))
+        found[name] = drafted(loaded.engine, 24)
+        loaded.engine.close()
+    assert found[f"ngram+{model}"].sources.count("ngram") >= 4
+    alone, together = (proposal.tokens for proposal in found.values())
+    assert together[:12] == alone[:12]  # another batch shape may flip a near-tie after that
+
+
+def test_n_grams_alone_need_a_tokenizer_only(default_model_path: Path, prepared_onnx: Prepared, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("The meeting is at nine in the blue room.")
+    loaded = [load_draft(config("ngram", notes), path) for path in (default_model_path, prepared_onnx.path)]
+    for each in loaded:
+        assert isinstance(each.engine, NgramDraft)
+        tokens = each.model.tokenize("Remember: The meeting is at")
+        each.engine.reset(tokens, Sampling(), len(tokens))
+        copied = each.engine.propose(5).tokens
+        assert b"".join(map(each.model.token_piece, copied)) == b" nine in the blue room"
+        each.engine.close()
+    assert loaded[0].engine.fingerprint == loaded[1].engine.fingerprint
+
+
+def test_a_vocabulary_without_weights_is_the_same(default_model_path: Path) -> None:
+    whole, light = LlamaModel(default_model_path), LlamaModel(default_model_path, vocabulary_only=True)
+    assert light.vocabulary == whole.vocabulary
+    assert (light.eog_ids, light.chat_template, light.bos_text) == (whole.eog_ids, whole.chat_template, whole.bos_text)
+    text = "naïve café 😀 <|im_end|>"
+    assert light.tokenize(text, parse_special=True) == whole.tokenize(text, parse_special=True)
+    for model in (whole, light):
+        model.close()
+
+
+def test_a_file_of_texts_that_is_too_large_is_refused(default_model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "all.txt").write_bytes(b"a" * (8 << 20) + b"b")
+    with pytest.raises(EngineError, match=r"all.txt has more than 8 MB; keep the latest part"):
+        load_draft(config("ngram", tmp_path / "all.txt"), default_model_path)
+
+
+def test_a_graph_that_gives_one_row_drafts_but_checks_no_copies(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path / "hf")
+    (tmp_path / "work").mkdir()
+    folder, _ = build(tmp_path / "hf", tmp_path / "work", no_progress)
+    graph = onnx.load(folder / "model.onnx")
+    (rows,) = [tensor for tensor in graph.graph.input if tensor.name == "logits_rows"]
+    graph.graph.input.remove(rows)
+    graph.graph.initializer.append(onnx.helper.make_tensor("logits_rows", onnx.TensorProto.INT64, [1], [-1]))
+    onnx.save(graph, folder / "model.onnx")
+    loaded = load_draft(config("onnx"), folder)
+    loaded.engine.reset([5, 6, 7], Sampling(), 3)
+    assert len(loaded.engine.propose(4).tokens) == 4
+    loaded.engine.close()
+    with pytest.raises(EngineError, match="the last row's logits only, so it cannot check copies; make it again"):
+        load_draft(config("ngram+onnx"), folder)
