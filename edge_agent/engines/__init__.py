@@ -25,7 +25,7 @@ class LoadedDraft:
     model: Tokenizer
 
 
-_MOST_TEXT_BYTES = 8 << 20  # a text takes some 60 times its size in memory, to be found in microseconds
+_MOST_TEXT_BYTES = 4 << 20  # with its index a text takes some 25 times its size in memory
 ModelLoader = Callable[[DraftConfig, Path], tuple[CachedDraft, Tokenizer]]
 
 

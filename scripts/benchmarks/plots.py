@@ -46,9 +46,11 @@ def tpot_by_rtt(cases: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots()
     for beside, (way, (label, colour, marker)) in enumerate(WAYS.items()):
         name = f"{way}_tpot_ms"
-        middle = [case[name] for case in cases]
-        low, high = ([abs(case["spread"][name][end] - case[name]) for case in cases] for end in (0, 1))
-        shifted = [rtt + (beside - 1.5) * _APART * rtts[-1] for rtt in rtts]  # bars must not hide one another
+        drawn = [case for case in cases if case[name] is not None]  # n-grams have no local text
+        middle = [case[name] for case in drawn]
+        low, high = ([abs(case["spread"][name][end] - case[name]) for case in drawn] for end in (0, 1))
+        # Bars must not hide one another.
+        shifted = [case["rtt_ms"] + (beside - 1.5) * _APART * rtts[-1] for case in drawn]
         axes.errorbar(shifted, middle, (low, high), label=label, color=colour, marker=marker, capsize=3, lw=1.6)
     limits = [case["limit_tpot_ms"] for case in cases]
     axes.plot(rtts, limits, color=BLACK, ls="--", lw=1, label="limit (simulated, no overhead)")

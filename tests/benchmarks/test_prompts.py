@@ -18,6 +18,12 @@ def test_categories_are_taken_in_turn(tmp_path: Path) -> None:
     assert load_prompts(file, 9)[3] == Prompt("a", "a2")
 
 
+def test_categories_can_be_chosen() -> None:
+    assert [prompt.category for prompt in load_prompts(None, 8, ["qa", "coding"])] == ["qa", "coding"]
+    with pytest.raises(BenchError, match=r"no prompts of category poems, rap; there are writing, reasoning, "):
+        load_prompts(None, 8, ["rap", "qa", "poems"])
+
+
 def test_the_built_in_set_has_each_category_once() -> None:
     assert load_prompts(None, 8) == list(BUILT_IN)
     assert len({prompt.category for prompt in BUILT_IN}) == 8

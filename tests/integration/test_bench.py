@@ -43,14 +43,21 @@ def test_an_outage_loses_and_doubles_nothing() -> None:
 @pytest.mark.models
 def test_latency_compares_the_ways_on_one_link() -> None:
     arguments = ("--rtt-ms", "20", "--num-prompts", "1", "--max-new-tokens", "24", "--dtype", "float32")
-    measured = figures("latency", *arguments, "--draft", "llama_cpp")
-    names = ("cloud_only_tpot_ms", "stop_and_wait_tpot_ms", "outrider_tpot_ms", "local_tpot_ms", "limit_tpot_ms")
-    assert all(measured[name] > 0 for name in names)
-    assert measured["limit_fraction"] > 0  # over so few tokens it says nothing more
-    assert measured["identical"] is True
-    assert measured["bytes_up_per_token"] <= 16
-    assert measured["bytes_down_per_token"] <= 16
-    assert list(measured["by_category"]) == ["writing"]
+    report = figures("latency", *arguments, "--drafts", "llama_cpp,ngram")
+    model, copies = report["cases"]
+    assert (model["draft"], copies["draft"]) == ("llama_cpp", "ngram")
+    names = ("cloud_only_tpot_ms", "stop_and_wait_tpot_ms", "outrider_tpot_ms", "limit_tpot_ms")
+    for measured in (model, copies):
+        assert all(measured[name] > 0 for name in names)
+        assert measured["limit_fraction"] > 0  # over so few tokens it says nothing more
+        assert measured["identical"] is True
+        assert list(measured["by_category"]) == ["writing"]
+    assert model["cloud_only_tpot_ms"] == copies["cloud_only_tpot_ms"], "one answer serves both"
+    assert model["local_tpot_ms"] > 0
+    assert copies["local_tpot_ms"] is None
+    assert list(model["draft_sources"]) == ["model"]
+    assert model["bytes_up_per_token"] <= 16
+    assert model["bytes_down_per_token"] <= 16
 
 
 def test_a_draft_that_there_is_not_is_named() -> None:

@@ -6,10 +6,10 @@ import onnx
 import pytest
 
 from edge_agent.config import DraftConfig, load_edge_config
-from edge_agent.engines import load_draft
+from edge_agent.engines import load_draft, onnx_builder
 from edge_agent.engines.lookup_draft import LookupDraft
 from edge_agent.engines.ngram import NgramDraft
-from edge_agent.engines.onnx_builder import build
+from edge_agent.engines.onnx_builder import build, with_onnx
 from edge_agent.prepare import Prepared
 from shared.core.messages import Sampling
 from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
@@ -81,8 +81,8 @@ def test_a_vocabulary_without_weights_is_the_same(default_model_path: Path) -> N
 
 
 def test_a_file_of_texts_that_is_too_large_is_refused(default_model_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_bytes(b"a" * (8 << 20) + b"b")
-    with pytest.raises(EngineError, match=r"all.txt has more than 8 MB; keep the latest part"):
+    (tmp_path / "all.txt").write_bytes(b"a" * (4 << 20) + b"b")
+    with pytest.raises(EngineError, match=r"all.txt has more than 4 MB; keep the latest part"):
         load_draft(config("ngram", tmp_path / "all.txt"), default_model_path)
 
 
@@ -101,3 +101,23 @@ def test_a_graph_that_gives_one_row_drafts_but_checks_no_copies(tmp_path: Path) 
     loaded.engine.close()
     with pytest.raises(EngineError, match="the last row's logits only, so it cannot check copies; make it again"):
         load_draft(config("ngram+onnx"), folder)
+
+
+def test_a_model_is_exported_once(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path / "hf")
+    cache = tmp_path / "cache"
+    folder = with_onnx(tmp_path / "hf", cache)
+    assert (folder / "model.onnx").is_file()
+    made = (folder / "model.onnx").stat().st_mtime_ns
+    assert with_onnx(tmp_path / "hf", cache) == folder
+    assert (folder / "model.onnx").stat().st_mtime_ns == made
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder], "and nothing else is left"
+
+
+def test_an_export_without_its_packages_says_what_to_install(
+    tmp_path: Path, default_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(onnx_builder, "_NEEDED", ("no_such_package",))
+    with pytest.raises(EngineError, match=r"needs 'no_such_package'; .*outrider\[prepare\]', here or where you run"):
+        load_draft(config("onnx"), default_model_path)
