@@ -60,7 +60,7 @@ def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
     """Load `draft.model` by `draft.engine` and check it. Raises `EngineError`."""
     if config.engine == NGRAM:
         tokenizer = _tokenizer(path)
-        return LoadedDraft(_ngrams(config, tokenizer), tokenizer)
+        return LoadedDraft(_ngrams(config, tokenizer, config.context_tokens), tokenizer)
     *before, name = config.engine.split("+")
     model, tokenizer = MODELS[name](config, path)
     if not model.capabilities.can_rollback:
@@ -69,10 +69,11 @@ def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
     check_draft(model)
     if not before:
         return LoadedDraft(model, tokenizer)
-    return LoadedDraft(LookupDraft(model, _ngrams(config, tokenizer), measure_row_ms(model)), tokenizer)
+    lookup = _ngrams(config, tokenizer, model.capabilities.max_context)
+    return LoadedDraft(LookupDraft(model, lookup, measure_row_ms(model)), tokenizer)
 
 
-def _ngrams(config: DraftConfig, tokenizer: Tokenizer) -> NgramDraft:
+def _ngrams(config: DraftConfig, tokenizer: Tokenizer, max_context: int) -> NgramDraft:
     text, file = "", config.texts_file
     if file is not None:
         if file.stat().st_size > _MOST_TEXT_BYTES:
@@ -80,7 +81,7 @@ def _ngrams(config: DraftConfig, tokenizer: Tokenizer) -> NgramDraft:
                 f"draft.texts_file {file} has more than {_MOST_TEXT_BYTES >> 20} MB; keep the latest part"
             )
         text = file.read_text(encoding="utf-8", errors="replace")
-    return NgramDraft(tokenizer.vocabulary.fingerprint, config.context_tokens, tokenizer.tokenize(text))
+    return NgramDraft(tokenizer.vocabulary.fingerprint, max_context, tokenizer.tokenize(text))
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -50,6 +50,7 @@ class Edge:
             max_new_tokens=question["max_new_tokens"],
             want=Want.STREAM if way == "cloud_only" else Want.SPECULATE,
         )
+        self._source.engine.rollback(0)  # no answer profits from what the one before it has read
         notes: list[dict[str, Any]] | None = [] if question.get("timeline") else None
         agent = self._agent(question) if notes is None else self._noting_agent(question, notes)
         tokens, provenance, shown_at = list[int](), list[str](), list[float]()
