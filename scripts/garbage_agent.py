@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
-from edge_agent import __main__ as cli
+from edge_agent import engines
 from edge_agent.config import DraftConfig
-from edge_agent.engines import LoadedDraft, load_draft
 from shared.testing.engines import GarbageDraft
 
+_load = engines.load_draft
 
-def _load_garbage(config: DraftConfig, path: Path) -> LoadedDraft:
-    loaded = load_draft(config, path)
-    return LoadedDraft(GarbageDraft(loaded.engine), loaded.model)
+
+def _load_garbage(config: DraftConfig, path: Path) -> engines.LoadedDraft:
+    loaded = _load(config, path)
+    return engines.LoadedDraft(GarbageDraft(loaded.engine), loaded.model)
 
 
 if __name__ == "__main__":
-    cli.load_draft = _load_garbage
-    cli.main()
+    engines.load_draft = _load_garbage
+
+    from edge_agent.__main__ import main  # now that it finds ours
+
+    main()
