@@ -12,6 +12,7 @@ from shared.core.messages import Sampling
 from shared.core.settings import OnDisconnect, OnReconnect
 
 ENV_PREFIX = "OUTRIDER_EDGE_"
+FEWEST_WINDOW_TOKENS = 64
 DEFAULTS = Path(__file__).with_name("default.yaml")
 
 
@@ -32,6 +33,13 @@ class DraftConfig(Section):
     provider: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=256)]
     context_tokens: Annotated[int, Field(ge=64, le=1_048_576)]
+    window_tokens: Annotated[int, Field(ge=0, le=1_048_576)]
+
+    @model_validator(mode="after")
+    def _window_is_wide_enough(self) -> Self:
+        if 0 < self.window_tokens < FEWEST_WINDOW_TOKENS:
+            raise ValueError(f"window_tokens ({self.window_tokens}) is below {FEWEST_WINDOW_TOKENS}; 0 is no window")
+        return self
 
     @property
     def can_write(self) -> bool:

@@ -34,7 +34,9 @@ def _llama_cpp(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]
 
     if config.quantization is not None:
         path = with_weights(path, config.quantization, default_cache_dir())
-    engine = LlamaCppDraft(path, context_tokens=config.context_tokens, threads=_threads(config))
+    engine = LlamaCppDraft(
+        path, context_tokens=config.context_tokens, window_tokens=config.window_tokens, threads=_threads(config)
+    )
     return engine, engine.model
 
 
@@ -45,7 +47,13 @@ def _onnx(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
         from edge_agent.engines.onnx_builder import with_onnx
 
         path = with_onnx(path, default_cache_dir())
-    engine = OnnxDraft(path, context_tokens=config.context_tokens, threads=_threads(config), provider=config.provider)
+    engine = OnnxDraft(
+        path,
+        context_tokens=config.context_tokens,
+        window_tokens=config.window_tokens,
+        threads=_threads(config),
+        provider=config.provider,
+    )
     return engine, engine.model
 
 

@@ -3,6 +3,16 @@
 The cache is always a proper prefix of the list: the last token is never in it, so there is always one to evaluate and
 it yields the logits of what follows. (The last proposed token is in the list but not in the cache; a rollback to length
 n leaves at most n - 1.) What was appended meanwhile is evaluated in one go at the next `propose`.
+
+With a window the cache holds at most so many tokens, however long the text: the first `SINK_TOKENS` and the latest
+ones. What attention has no use for it puts on a text's first tokens, whatever they are, so a draft without them breaks
+down and one with them hardly notices what is missing (StreamingLLM: Xiao et al., arXiv 2309.17453, section 3). Between
+the two lie `dropped_tokens` tokens, never evaluated or evaluated and dropped; positions count within the cache:
+
+    list    0 ... SINK_TOKENS | dropped_tokens | ... _cached | not yet evaluated ...
+    cache   0 ... SINK_TOKENS                  | ...         |
+
+A full window drops a part of itself at once, as the rest must be moved then.
 """
 
 from abc import ABC, abstractmethod
@@ -16,17 +26,36 @@ from shared.core.messages import Fingerprint, Sampling
 from shared.core.selection import probability, select
 from shared.engine import Capabilities, EngineError, Proposal
 
+SINK_TOKENS = 4
+_SLIDES = 8  # a full window drops so small a part of itself
+
+
+def context_room(context_tokens: int, window_tokens: int, trained_tokens: int) -> tuple[int, int]:
+    """Tokens that a text may have, and how many of them a cache must hold.
+
+    Without a window a text ends where the model's training does, or at `context_tokens`; with one only the cache does.
+    """
+    if not window_tokens:
+        room = min(context_tokens or trained_tokens, trained_tokens)
+        return room, room
+    return context_tokens or trained_tokens, min(window_tokens, context_tokens or trained_tokens, trained_tokens)
+
 
 class CachedDraft(ABC):
     """A `DraftEngine` but for the model: a subclass evaluates tokens and cuts its cache."""
 
-    def __init__(self, name: str, batch_tokens: int, capabilities: Capabilities) -> None:
-        """Evaluate at most `batch_tokens` at once; `name` is the model's, in errors."""
+    def __init__(self, name: str, batch_tokens: int, capabilities: Capabilities, window_tokens: int = 0) -> None:
+        """Evaluate at most `batch_tokens` at once and cache at most `window_tokens`; 0: all of them.
+
+        `name` is the model's, in errors.
+        """
         self._name = name
         self._batch_tokens = batch_tokens
         self._capabilities = capabilities
+        self._window_tokens = window_tokens or capabilities.max_context
         self._tokens: list[int] = []
         self._cached = 0
+        self.dropped_tokens = 0
         self._sampling = Sampling()
         self._prompt_len = 0
 
@@ -115,8 +144,8 @@ class CachedDraft(ABC):
         """Free the model; no other call may follow."""
 
     @abstractmethod
-    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
-        """Evaluate tokens `start` to `stop` of the list, which follow what the cache holds, at most `batch_tokens`.
+    def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
+        """Evaluate tokens, at most `batch_tokens`, at the cache's positions from `start` on, which are the next ones.
 
         The logits (num_logits, V) of the last rows. Raises `EngineError`, with the cache as it was.
         """
@@ -125,16 +154,42 @@ class CachedDraft(ABC):
     def _remove(self, length: int) -> bool:
         """Drop the cache from position `length` on; False, and nothing changed, if this model cannot."""
 
+    @abstractmethod
+    def _shift(self, start: int, count: int, length: int) -> None:
+        """Drop `count` positions of the cache from `start` on and move the rest, up to `length`, into their place.
+
+        Asked for only with a window.
+        """
+
     def _logits(self, num_logits: int) -> NDArray[np.float32]:
         """Evaluate the tokens that the cache lacks; the logits (num_logits, V) after the last of them."""
         assert self._cached <= len(self._tokens) - num_logits, f"nothing left to evaluate in {self!r}"
+        self._slide()
+        if self.dropped_tokens and self._cached < SINK_TOKENS:
+            self._evaluate(self._tokens[self._cached : SINK_TOKENS], self._cached, 0)
+        if self.dropped_tokens:
+            self._cached = max(self._cached, SINK_TOKENS + self.dropped_tokens)
         while self._cached < len(self._tokens) - self._batch_tokens:
             stop = min(self._cached + self._batch_tokens, len(self._tokens) - num_logits)
-            self._evaluate(self._cached, stop, 0)
+            self._evaluate(self._tokens[self._cached : stop], self._cached - self.dropped_tokens, 0)
             self._cached = stop
-        logits = self._evaluate(self._cached, len(self._tokens), num_logits)
+        logits = self._evaluate(self._tokens[self._cached :], self._cached - self.dropped_tokens, num_logits)
         self._cached = len(self._tokens)
         return logits
+
+    def _slide(self) -> None:
+        """Drop what is oldest behind the sinks where the window has no room for the whole list."""
+        excess = len(self._tokens) - self.dropped_tokens - self._window_tokens
+        if excess <= 0:
+            return
+        count = max(excess, self._window_tokens // _SLIDES)
+        begin = SINK_TOKENS + self.dropped_tokens
+        if begin + count < self._cached:
+            self._shift(SINK_TOKENS, count, self._cached - self.dropped_tokens)
+        elif self._cached > SINK_TOKENS:
+            self._remove(SINK_TOKENS)
+            self._cached = SINK_TOKENS
+        self.dropped_tokens += count
 
     def _select(self, logits: NDArray[np.float32]) -> tuple[int, float]:
         """The token that follows the list, by its logits (V,), and its probability."""
@@ -148,7 +203,10 @@ class CachedDraft(ABC):
         length = max(length, 0)
         if length >= self._cached:
             return True
-        if not self._remove(length):
+        dropped = self.dropped_tokens
+        if length <= SINK_TOKENS + dropped:  # into what was dropped: what comes before it is evaluated anew
+            length, dropped = min(length, SINK_TOKENS) if dropped else length, 0
+        if not self._remove(length - dropped):
             return False
-        self._cached = length
+        self._cached, self.dropped_tokens = length, dropped
         return True

@@ -1,11 +1,12 @@
 """The draft engine on llama.cpp: one GGUF model, one sequence."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.engines.cached_draft import CachedDraft
+from edge_agent.engines.cached_draft import CachedDraft, context_room
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
 from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
@@ -17,21 +18,32 @@ class LlamaCppDraft(CachedDraft):
     """`DraftEngine` over a GGUF file."""
 
     def __init__(
-        self, path: Path, *, context_tokens: int = 0, threads: int = 1, batch_tokens: int = 512, gpu_layers: int = -1
+        self,
+        path: Path,
+        *,
+        context_tokens: int = 0,
+        window_tokens: int = 0,
+        threads: int = 1,
+        batch_tokens: int = 512,
+        gpu_layers: int = -1,
     ) -> None:
-        """Load the model, with room for `context_tokens` (0: what it was trained for). Raises `EngineError`."""
+        """Load the model, for texts of `context_tokens` (0: what it was trained for), `window_tokens` of them cached.
+
+        Raises `EngineError`.
+        """
         self.model = LlamaModel(path, gpu_layers=gpu_layers)
         trained = self.model.trained_context_tokens
-        max_context = min(context_tokens or trained, trained)
+        max_context, room = context_room(context_tokens, window_tokens, trained)
         try:
-            self._context = LlamaContext(
-                self.model, context_tokens=max_context, threads=threads, batch_tokens=batch_tokens
-            )
+            self._context = LlamaContext(self.model, context_tokens=room, threads=threads, batch_tokens=batch_tokens)
         except EngineError:
             self.model.close()
             raise
+        if window_tokens and not self._context.can_shift:
+            self.close()
+            raise EngineError(f"{path.name} cannot move its cache, so it has no window; set draft.window_tokens: 0")
         capabilities = Capabilities(self._probe_rollback(), can_tree=False, max_context=max_context)
-        super().__init__(path.name, batch_tokens, capabilities)
+        super().__init__(path.name, batch_tokens, capabilities, room)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -43,13 +55,16 @@ class LlamaCppDraft(CachedDraft):
         self._context.close()
         self.model.close()
 
-    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
-        rows = range(start, stop)
-        wanted = range(len(rows) - num_logits, len(rows))
-        return self._context.decode(self._tokens[start:stop], rows, [(_SEQUENCE,)] * len(rows), wanted)
+    def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
+        rows = len(tokens)
+        wanted = range(rows - num_logits, rows)
+        return self._context.decode(tokens, range(start, start + rows), [(_SEQUENCE,)] * rows, wanted)
 
     def _remove(self, length: int) -> bool:
         return self._context.remove(_SEQUENCE, length)
+
+    def _shift(self, start: int, count: int, length: int) -> None:
+        self._context.shift(_SEQUENCE, start, count)
 
     def _probe_rollback(self) -> bool:
         """Whether this model's cache can drop its last token: tried out, for the answer depends on the architecture.

@@ -6,6 +6,7 @@ The package is imported at the first load, not with this module.
 """
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -13,16 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.engines.cached_draft import CachedDraft
+from edge_agent.engines.cached_draft import CachedDraft, context_room
 from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, OnnxFolder
+from edge_agent.engines.rotary import read_rotary
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST, _PRESENT, _KEY = "past_key_values.", "present.", ".key"
 _FATAL = 4  # severity of onnxruntime's own log: what fails is raised, too
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # their cache must lie on the GPU
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -36,11 +38,12 @@ class OnnxDraft(CachedDraft):
         folder: Path,
         *,
         context_tokens: int = 0,
+        window_tokens: int = 0,
         threads: int = 1,
         batch_tokens: int = 128,
         provider: str = "CPUExecutionProvider",
     ) -> None:
-        """Load the model, with room for `context_tokens` (0: what it was trained for).
+        """Load the model, for texts of `context_tokens` (0: what it was trained for), `window_tokens` of them cached.
 
         `provider` is onnxruntime's name of what computes; the processor takes the nodes that it cannot. Raises
         `EngineError`.
@@ -55,11 +58,17 @@ class OnnxDraft(CachedDraft):
         if not self.model.shares_buffers:
             raise EngineError(f"{folder}: past and present are separate buffers; make it with edge-agent prepare")
         self._session = _load(library, folder / MODEL_FILE, threads, provider)
-        max_context = min(context_tokens or self.model.context_tokens, self.model.context_tokens)
-        self._binding = self._bind(library, max_context, "cuda" if provider in _GPU_PROVIDERS else "cpu")
+        max_context, room = context_room(context_tokens, window_tokens, self.model.context_tokens)
+        self._rotary = read_rotary(self._session.get_modelmeta().custom_metadata_map)
+        if window_tokens and self._rotary is None:
+            raise EngineError(f"{folder}: the graph does not say how it rotates keys, so it has no window; set "
+                              "draft.window_tokens: 0 or make it again with edge-agent prepare")  # fmt: skip
+        self._caches: dict[str, OrtValue] = {}
+        self._binding = self._bind(library, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
         self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
-        self._mask = np.ones((1, max_context), dtype=np.int64)
-        super().__init__(folder.name, batch_tokens, Capabilities(True, can_tree=False, max_context=max_context))
+        self._mask = np.ones((1, room), dtype=np.int64)
+        capabilities = Capabilities(True, can_tree=False, max_context=max_context)
+        super().__init__(folder.name, batch_tokens, capabilities, room)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -68,9 +77,9 @@ class OnnxDraft(CachedDraft):
 
     def close(self) -> None:
         """Free the model; no other call may follow."""
-        del self._binding, self._session
+        del self._binding, self._session, self._caches
 
-    def _bind(self, library: ModuleType, max_context: int, device: str) -> "IOBinding":
+    def _bind(self, library: ModuleType, room: int, device: str) -> "IOBinding":
         """Allocate the cache, each buffer both past and present."""
         binding = self._session.io_binding()
         for tensor in self._session.get_inputs():
@@ -79,17 +88,18 @@ class OnnxDraft(CachedDraft):
             if not tensor.name.startswith(_PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
                 raise EngineError(f"{self.model.folder}: the graph has an input {tensor.name!r}, which is not known "
                                   "here; make it with edge-agent prepare")  # fmt: skip
-            shape = [1, tensor.shape[1], max_context, self.model.head_size]
+            shape = [1, tensor.shape[1], room, self.model.head_size]
             zeros = np.zeros(shape, _TYPES[tensor.type])
             cache = library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+            self._caches[tensor.name] = cache
             binding.bind_ortvalue_input(tensor.name, cache)
             binding.bind_ortvalue_output(_PRESENT + tensor.name.removeprefix(_PAST), cache)
         return binding
 
-    def _evaluate(self, start: int, stop: int, num_logits: int) -> NDArray[np.float32]:
-        binding, rows = self._binding, stop - start
-        binding.bind_cpu_input(_IDS, np.array([self._tokens[start:stop]], dtype=np.int64))
-        binding.bind_cpu_input(_MASK, self._mask[:, :stop])
+    def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
+        binding, rows = self._binding, len(tokens)
+        binding.bind_cpu_input(_IDS, np.array([tokens], dtype=np.int64))
+        binding.bind_cpu_input(_MASK, self._mask[:, : start + rows])
         if self._selects_rows:
             wanted = range(rows - max(num_logits, 1), rows)  # none at all would be an empty matrix product
             binding.bind_cpu_input(LOGITS_ROWS, np.array(wanted, dtype=np.int64))
@@ -106,6 +116,16 @@ class OnnxDraft(CachedDraft):
 
     def _remove(self, length: int) -> bool:
         return True  # what lies behind the mask does not count
+
+    def _shift(self, start: int, count: int, length: int) -> None:
+        assert self._rotary is not None, "a window without it is refused"
+        for name, cache in self._caches.items():
+            entries = cache.numpy().copy()
+            moved = entries[:, :, start + count : length]
+            if name.endswith(_KEY):
+                moved = self._rotary.moved(moved, -count)
+            entries[:, :, start : length - count] = moved
+            cache.update_inplace(entries)
 
 
 def _library() -> ModuleType:

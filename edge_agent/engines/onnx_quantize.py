@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engines.onnx_folder import LOGITS_ROWS
+from edge_agent.engines.rotary import note_rotary
 from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[
     model = onnx.load(source)
     rewrite = _Rewrite(model.graph)
     rewrite.run(progress)
+    note_rotary(model)
     onnx.save(
         model, destination, save_as_external_data=True, location=f"{destination.name}.data", size_threshold=_SMALL_BYTES
     )

@@ -333,6 +333,16 @@ class LlamaContext:
         """
         return bool(self._lib.llama_memory_seq_rm(self._memory, sequence, start, -1))
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether what is cached can be moved to other positions."""
+        return bool(self._lib.llama_memory_can_shift(self._memory))
+
+    def shift(self, sequence: int, start: int, count: int) -> None:
+        """Drop `count` positions of a sequence from `start` on; what lies behind moves into their place."""
+        self._lib.llama_memory_seq_rm(self._memory, sequence, start, start + count)
+        self._lib.llama_memory_seq_add(self._memory, sequence, start + count, -1, -count)
+
     def copy(self, source: int, destination: int, start: int, stop: int) -> None:
         """Let `destination` share positions `start` to `stop` (exclusive) of `source`; for a unified cache only."""
         self._lib.llama_memory_seq_cp(self._memory, source, destination, start, stop)

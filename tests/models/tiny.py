@@ -50,13 +50,13 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
     return CausalLM("tiny", model, vocabulary, frozenset({1}), max_context=_CONTEXT)
 
 
-def write_tiny_gguf(file: Path, output_scale: Sequence[float] = ()) -> Path:
-    """A llama of the same size in float32; row n of its output layer is multiplied by `output_scale[n]`."""
+def write_tiny_gguf(file: Path, output_scale: Sequence[float] = (), layers: int = _LAYERS) -> Path:
+    """A llama of the same width in float32; row n of its output layer is multiplied by `output_scale[n]`."""
     chance = np.random.default_rng(0)
     writer = GGUFWriter(file, "llama")
     writer.add_context_length(_CONTEXT)
     writer.add_embedding_length(_HIDDEN)
-    writer.add_block_count(_LAYERS)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(_HIDDEN)
     writer.add_head_count(_HEADS)
     writer.add_head_count_kv(_KV_HEADS)
@@ -79,7 +79,7 @@ def write_tiny_gguf(file: Path, output_scale: Sequence[float] = ()) -> Path:
     add("token_embd", _PADDED, _HIDDEN)
     add("output_norm", _HIDDEN)
     add("output", _PADDED, _HIDDEN)
-    for layer in range(_LAYERS):
+    for layer in range(layers):
         for name, size in (("attn_q", _HEADS), ("attn_k", _KV_HEADS), ("attn_v", _KV_HEADS)):
             add(f"blk.{layer}.{name}", size * _HEAD_DIM, _HIDDEN)
         add(f"blk.{layer}.attn_output", _HIDDEN, _HEADS * _HEAD_DIM)

@@ -1,6 +1,7 @@
 """The tiny model of random weights as ONNX folders, through the real builder."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -13,9 +14,9 @@ HIDDEN = 64  # blocks are of 32; the builder takes a matrix with as many rows as
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
-def write_tiny_hf(folder: Path) -> "PreTrainedModel":
+def write_tiny_hf(folder: Path, **options: Any) -> "PreTrainedModel":
     """A Hugging Face folder of the model, one token a letter; id 1 ends a text."""
-    model = tiny_model(hidden_size=HIDDEN, intermediate_size=128, num_attention_heads=4, head_dim=16).model
+    model = tiny_model(hidden_size=HIDDEN, intermediate_size=128, num_attention_heads=4, head_dim=16, **options).model
     model.save_pretrained(folder)
     letters = {chr(ord("!") + index): index + 2 for index in range(SIZE - 2)}
     tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "<eos>": 1, **letters}, merges=[], unk_token="<unk>"))
@@ -26,9 +27,9 @@ def write_tiny_hf(folder: Path) -> "PreTrainedModel":
     return model
 
 
-def build_tiny(folder: Path) -> tuple[Path, Path, "PreTrainedModel"]:
+def build_tiny(folder: Path, **options: Any) -> tuple[Path, Path, "PreTrainedModel"]:
     """ONNX folders with small weights and in float32, and the model that they were made of."""
-    model = write_tiny_hf(folder / "hf")
+    model = write_tiny_hf(folder / "hf", **options)
     work = folder / "work"
     work.mkdir()
     return *build(folder / "hf", work, no_progress), model
