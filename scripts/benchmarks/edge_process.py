@@ -6,7 +6,7 @@
 {"do": "stop"}
     ends the answer that is being given; it is reported as far as it came
 {"do": "pattern", "question": "Why?", "tokens": [1, 2]}
-    at which of these positions the draft would have been right, and how long it takes for a token
+    at which of these positions the draft would have been right, and how long it takes for a token and for the prompt
 """
 
 import asyncio
@@ -94,8 +94,13 @@ class Edge:
     def pattern(self, question: _Question) -> dict[str, Any]:
         """See the module."""
         request = self._source.request(question["question"])
-        right, draft_ms = right_drafts(self._source.engine, request, question["tokens"])
-        return {"right": right, "draft_ms": draft_ms}
+        engine = self._source.engine
+        engine.reset(request.prompt, request.sampling, len(request.prompt))
+        began = time.perf_counter()
+        engine.propose(1)
+        prompt_ms = (time.perf_counter() - began) * 1000
+        right, draft_ms = right_drafts(engine, request, question["tokens"])
+        return {"right": right, "draft_ms": draft_ms, "prompt_ms": prompt_ms}
 
     def _agent(self, question: _Question) -> EdgeAgent:
         key = (question["way"], question.get("k", 0), question["address"])

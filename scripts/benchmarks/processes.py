@@ -33,6 +33,11 @@ class Child:
         self._process = process
         self._name = name
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
         """Send a line, read the answer. Raises `BenchError` where the process has ended."""
         self.tell(question)

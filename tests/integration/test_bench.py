@@ -77,3 +77,18 @@ def test_a_link_on_the_command_line_says_where_it_listens(tmp_path: Path) -> Non
     assert said.startswith("listening on 127.0.0.1:")
     assert said.endswith("for 127.0.0.1:9: 25 ms up, 25 ms down\n")
     assert bench("link", "nowhere").stderr == "bench: expected host:port of the verifier, got 'nowhere'\n"
+
+
+@pytest.mark.models
+def test_a_draft_window_keeps_memory_flat() -> None:
+    arguments = ("--windows", "0,256", "--prompt-tokens", "1600", "--max-new-tokens", "16", "--num-texts", "1")
+    whole, cut = figures("window", *arguments, "--draft", "llama_cpp")["cases"]
+    assert (whole["window_tokens"], whole["acceptance_loss"]) == (0, 0)
+    assert whole["right_rate"] > 0.8
+    assert cut["resident_mb"] < whole["resident_mb"] - 10
+    assert cut["resident_mb"] - cut["resident_mb_1000"] < 2
+    assert cut["acceptance_loss"] == round(whole["right_rate"] - cut["right_rate"], 4)
+
+
+def test_a_window_that_is_no_number_is_named() -> None:
+    assert bench("window", "--windows", "0,big").stderr.startswith("bench: --windows 0,big: expected numbers")
