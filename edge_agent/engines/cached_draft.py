@@ -165,10 +165,6 @@ class CachedDraft(ABC):
         """Evaluate the tokens that the cache lacks; the logits (num_logits, V) after the last of them."""
         assert self._cached <= len(self._tokens) - num_logits, f"nothing left to evaluate in {self!r}"
         self._slide()
-        if self.dropped_tokens and self._cached < SINK_TOKENS:
-            self._evaluate(self._tokens[self._cached : SINK_TOKENS], self._cached, 0)
-        if self.dropped_tokens:
-            self._cached = max(self._cached, SINK_TOKENS + self.dropped_tokens)
         while self._cached < len(self._tokens) - self._batch_tokens:
             stop = min(self._cached + self._batch_tokens, len(self._tokens) - num_logits)
             self._evaluate(self._tokens[self._cached : stop], self._cached - self.dropped_tokens, 0)
@@ -178,18 +174,20 @@ class CachedDraft(ABC):
         return logits
 
     def _slide(self) -> None:
-        """Drop what is oldest behind the sinks where the window has no room for the whole list."""
+        """Drop what is oldest behind the sinks where the window has no room for the whole list; evaluate the sinks."""
         excess = len(self._tokens) - self.dropped_tokens - self._window_tokens
-        if excess <= 0:
-            return
-        count = max(excess, self._window_tokens // _SLIDES)
-        begin = SINK_TOKENS + self.dropped_tokens
-        if begin + count < self._cached:
-            self._shift(SINK_TOKENS, count, self._cached - self.dropped_tokens)
-        elif self._cached > SINK_TOKENS:
-            self._remove(SINK_TOKENS)
-            self._cached = SINK_TOKENS
-        self.dropped_tokens += count
+        if excess > 0:
+            count = max(excess, self._window_tokens // _SLIDES)
+            if SINK_TOKENS + self.dropped_tokens + count < self._cached:
+                self._shift(SINK_TOKENS, count, self._cached - self.dropped_tokens)
+            elif self._cached > SINK_TOKENS:
+                self._remove(SINK_TOKENS)
+                self._cached = SINK_TOKENS
+            self.dropped_tokens += count
+        if self.dropped_tokens and self._cached < SINK_TOKENS:
+            self._evaluate(self._tokens[self._cached : SINK_TOKENS], self._cached, 0)
+        if self.dropped_tokens:
+            self._cached = max(self._cached, SINK_TOKENS + self.dropped_tokens)
 
     def _select(self, logits: NDArray[np.float32]) -> tuple[int, float]:
         """The token that follows the list, by its logits (V,), and its probability."""
