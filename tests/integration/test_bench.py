@@ -92,3 +92,12 @@ def test_a_draft_window_keeps_memory_flat() -> None:
 
 def test_a_window_that_is_no_number_is_named() -> None:
     assert bench("window", "--windows", "0,big").stderr.startswith("bench: --windows 0,big: expected numbers")
+
+
+@pytest.mark.models
+@pytest.mark.slow  # it installs packages
+def test_an_onnx_edge_answers_without_torch_and_without_a_compiler() -> None:
+    measured = figures("footprint")
+    assert measured["imports_torch"] is False
+    assert len(measured["answer"].split()) > 10
+    assert measured["installed_mb"] < 300
