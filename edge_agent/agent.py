@@ -290,7 +290,7 @@ class _Run:
             self._fail(error)
         elif isinstance(effect, Draft):
             proposal = future.result()
-            self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
+            self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now, proposal.siblings))
             self._note_sources(effect, proposal)
 
     def _note_sources(self, draft: Draft, proposal: Proposal) -> None:

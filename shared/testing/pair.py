@@ -69,7 +69,7 @@ class Pair:
                 case fx.Draft(feed=feed, n=n):
                     self._engine.extend(feed)
                     proposal = self._engine.propose(n)
-                    self._edge(self.session.drafted(proposal.tokens, proposal.confidence, self.now))
+                    self._edge(self.session.drafted(proposal.tokens, proposal.confidence, self.now, proposal.siblings))
                 case fx.Rollback(length=length):
                     self._engine.rollback(length)
                 case fx.Emit(tokens=tokens):
