@@ -1,9 +1,12 @@
 import pytest
 
 from shared.core.draft_path import DraftPath
+from shared.core.edge_session import EdgeSession
 from shared.core.effects import Rollback
+from shared.core.messages import Commit
 from shared.core.messages import Draft as DraftMessage
 from shared.core.siblings import Leaf, PathSiblings
+from tests.core.edge import REQUEST, REVISE, SETTINGS, Ahead, redialled, sent, session_of
 from tests.core.test_draft_path import NO_STOPS, sure
 
 TWO = ((30, 0.5), (31, 0.5))
@@ -145,3 +148,46 @@ def test_siblings_of_a_path_that_was_cut_are_gone_with_it() -> None:
     path.draft(2, now=0.0)
     path.drafted((5, 6), sure((5, 6)), NO_STOPS, 0.0)  # this time with none
     assert path.send(3, 99, 0.0, now=0.0).tokens == (5, 6)
+
+
+def test_session_sends_siblings_that_are_worth_their_price_and_goes_on_behind_the_right_one() -> None:
+    session = session_of()
+    session.start(0.0)
+    session.drafted((5, 6), (1.0, 1.0), 0.1, [TWO, TWO])
+    *_, draft = sent(session.connected(1, 0.2))
+    assert draft == DraftMessage(
+        2, session.path.log.hash_at(2), (5, 6, 30, 31, 30, 31), b"\xff\xff\x80\x80\x80\x80", (-1, -1, 0, 0)
+    )
+    effects = session.receive(1, Commit(2, (5, 30, 9), num_drafted=5, num_accepted=2), 0.3)
+    assert effects[0] == Rollback(3)
+    assert session.path.log.tokens() == (1, 2, 5, 30, 9)
+    assert session.path.siblings.num_hits == 1
+
+
+def test_session_whose_siblings_are_not_worth_it_sends_a_chain() -> None:
+    session = EdgeSession(REQUEST, SETTINGS, Ahead(2, price=0.1))
+    session.start(0.0)
+    session.drafted((5, 6), (1.0, 1.0), 0.1, [TWO, TWO])
+    *_, draft = sent(session.connected(1, 0.2))
+    assert draft == DraftMessage(2, session.path.log.hash_at(2), (5, 6), b"\xff\xff")
+
+
+def test_siblings_are_sent_again_on_the_next_stream() -> None:
+    session = session_of(REVISE)
+    session.start(0.0)
+    session.drafted((5, 6), (1.0, 1.0), 0.1, [TWO, ()])
+    first = sent(session.connected(1, 0.2))[-1]
+    session.disconnected(1, 0.3)
+    stream = redialled(session, 0.3)
+    again = [message for message in sent(session.connected(stream, 1.4)) if isinstance(message, DraftMessage)]
+    assert again == [first]
+
+
+def test_what_the_verifier_holds_counts_siblings() -> None:
+    session = session_of(ahead=8)
+    session.start(0.0)
+    session.drafted((5,), (1.0,), 0.1, [TWO])
+    session.connected(1, 0.2)  # 5 and both its siblings are sent
+    session.receive(1, Commit(2, (), max_ahead=4), 0.3)
+    session.drafted((6, 7), (1.0, 1.0), 0.4, [TWO, TWO])
+    assert session.path.sent_len == 4
