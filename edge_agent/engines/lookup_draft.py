@@ -145,5 +145,5 @@ class LookupDraft:
         for index, match in enumerate(matches[: min(right + 1, len(guess))]):
             self._chances.observe(match, index < right)
         sources = (ngram.SOURCE,) * right + (MODEL_SOURCE,)
-        sources = sources[: len(proposal.tokens)]
-        return list(zip(proposal.tokens, proposal.confidence, sources, proposal.siblings, strict=True))
+        siblings = proposal.siblings or ((),) * len(proposal.tokens)
+        return list(zip(proposal.tokens, proposal.confidence, sources, siblings, strict=False))
