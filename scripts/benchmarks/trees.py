@@ -5,6 +5,7 @@ best rows, whatever the forward costs. The draft is the default model with layer
 the target's own.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,15 @@ from cloud_verifier.engines import Target, load_target
 from edge_agent.config import load_edge_config
 from edge_agent.engines import LoadedDraft, load_draft
 from edge_agent.setup import make_request
+from shared.core.kv_blocks import BLOCK_TOKENS
 from shared.core.messages import Sampling
 from shared.core.policies import Allotment, DraftObservation, Offer
 from shared.core.settings import CloudSettings, EdgeSettings, Request, TableSettings
 from shared.policy.run_ahead import StopAndWait
 from shared.runtimes.hub import default_cache_dir, resolve_model
 from shared.testing.pair import Pair
+
+CONTEXT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,45 @@ class Plan:
 
 @dataclass(frozen=True)
 class Counted:
-    """One way of drafting over all prompts."""
+    """One way of drafting, over all prompts. `hits` are steps that went on behind a sibling."""
 
-    committed_per_step: float
-    rows_per_step: float
-    hits_per_step: float
+    tokens: int
+    steps: int
+    rows: int
+    hits: int
     is_same_text: bool
+
+    @property
+    def committed_per_step(self) -> float:
+        """Mean acceptance length."""
+        return self.tokens / self.steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """Both ways at one temperature, with at most so many draft rows a step."""
+
+    temperature: float
+    budget_rows: int
+    chain: Counted
+    tree: Counted
+
+    @property
+    def tree_vs_chain(self) -> float:
+        """Committed tokens per step of the tree in those of the chain."""
+        return self.tree.committed_per_step / self.chain.committed_per_step
+
+    def report(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {
+            "chain_tokens_per_step": round(self.chain.committed_per_step, 3),
+            "tree_tokens_per_step": round(self.tree.committed_per_step, 3),
+            "tree_vs_chain": round(self.tree_vs_chain, 3),
+            "chain_rows_per_step": round(self.chain.rows / self.chain.steps, 2),
+            "tree_rows_per_step": round(self.tree.rows / self.tree.steps, 2),
+            "sibling_hits_per_step": round(self.tree.hits / self.tree.steps, 3),
+            "same_text": self.chain.is_same_text and self.tree.is_same_text,
+        }
 
 
 class ChainOnly(StopAndWait):
@@ -61,15 +98,17 @@ class TakeBest:
         return Allotment([offer.prefill_rows + 1 + len(offer.worth) for offer in offers])
 
 
-def trees(plan: Plan, progress: Callable[[str], None]) -> dict[str, object]:
-    """Committed tokens per step by temperature and row budget: of the chain, of the tree, and the ratio."""
-    config = load_edge_config(environ={}, overrides={"draft.context_tokens": 1024})
+def trees(plan: Plan, progress: Callable[[str], None]) -> list[Case]:
+    """Count every case of the plan. Raises `EngineError`."""
+    config = load_edge_config(environ={}, overrides={"draft.context_tokens": CONTEXT_TOKENS})
     path = resolve_model(config.draft.model, "draft.model")
     draft = load_draft(config.draft, without_layers(path, plan.dropped, default_cache_dir()))
-    overrides = {"target.engine": plan.engine, "target.dtype": "float32", "target.context_tokens": 1024}
+    overrides = {
+        "target.engine": plan.engine, "target.dtype": "float32", "target.context_tokens": CONTEXT_TOKENS,
+    }  # fmt: skip
     target = load_target(load_cloud_config(environ={}, overrides=overrides).target, lambda *_: None)
     texts = [prompt.text for prompt in load_prompts(None, plan.num_prompts)]
-    cases: list[dict[str, object]] = []
+    cases: list[Case] = []
     for temperature in plan.temperatures:
         sampling = Sampling(temperature=temperature, seed=1)
         requests = [
@@ -78,25 +117,12 @@ def trees(plan: Plan, progress: Callable[[str], None]) -> dict[str, object]:
         ]
         own = [_play(request, draft, target, ChainOnly(0), 1)[0] for request in requests]
         for budget in plan.budgets:
-            chain, tree = (
-                _count(requests, own, draft, target, policy(budget), budget) for policy in (ChainOnly, StopAndWait)
-            )
-            gain = tree.committed_per_step / chain.committed_per_step
-            progress(f"temperature {temperature}, {budget} rows: {chain} {tree}: {gain:.3f}")
-            cases.append(
-                {
-                    "temperature": temperature,
-                    "budget_rows": budget,
-                    "chain": round(chain.committed_per_step, 3),
-                    "tree": round(tree.committed_per_step, 3),
-                    "tree_vs_chain": round(gain, 3),
-                    "tree_rows_per_step": round(tree.rows_per_step, 2),
-                    "sibling_hits_per_step": round(tree.hits_per_step, 3),
-                    "same_text": chain.is_same_text and tree.is_same_text,
-                }
-            )
+            chain = _count(requests, own, draft, target, ChainOnly(budget), budget)
+            tree = _count(requests, own, draft, target, StopAndWait(budget), budget)
+            cases.append(Case(temperature, budget, chain, tree))
+            progress(f"temperature {temperature}, {budget} rows: {json.dumps(cases[-1].report())}")
     draft.engine.close()
-    return {"label": f"{plan.engine} float32, draft without layers {list(plan.dropped)}", "cases": cases}
+    return cases
 
 
 def _count(
@@ -116,14 +142,14 @@ def _count(
         steps += len(pair.commits)
         rows += sum(commit.num_drafted for commit in pair.commits)
         hits += pair.session.path.siblings.num_hits
-    return Counted(tokens / steps, rows / steps, hits / steps, is_same)
+    return Counted(tokens, steps, rows, hits, is_same)
 
 
 def _play(
     request: Request, draft: LoadedDraft, target: Target, policy: StopAndWait, budget: int
 ) -> tuple[tuple[int, ...], Pair]:
-    cloud = CloudSettings(context_length=1024, max_draft_rows=budget)
-    table = TableSettings(cloud, request.vocabulary, cache_blocks=64)
+    cloud = CloudSettings(context_length=CONTEXT_TOKENS, max_draft_rows=budget)
+    table = TableSettings(cloud, request.vocabulary, cache_blocks=CONTEXT_TOKENS // BLOCK_TOKENS)
     pair = Pair(request, EdgeSettings(), policy, draft.engine, target.engine, table, TakeBest())
     pair.run()
     target.engine.release(f"edge/{request.session_id}")  # the table would keep it for a return

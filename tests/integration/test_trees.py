@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.pruned import without_layers
+from benchmarks.trees import Plan, trees
 
 from cloud_verifier.engines import Target
 from edge_agent.config import load_edge_config
@@ -71,3 +72,11 @@ def test_text_with_trees_is_the_llama_cpp_targets_own(
     llama_cpp_target: Target, plain_llama_cpp_target: PlainLlamaCpp, weak_draft: LoadedDraft
 ) -> None:
     check(llama_cpp_target, plain_llama_cpp_target, weak_draft)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tree_commits_more_than_the_chain_with_as_many_rows() -> None:
+    (case,) = trees(Plan("llama_cpp", (24, 25, 26), (8,), (1.0,), 3, 64), print)
+    assert case.tree.is_same_text
+    assert case.tree_vs_chain > 1.1
