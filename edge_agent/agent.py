@@ -176,7 +176,8 @@ class _Run:
     def report(self) -> dict[str, object]:
         """Statistics so far."""
         path, link = self._session.path, self._session.link
-        return self._statistics.report(self._channel.traffic, path.draft_ms, link.rtt_ms, path.wasted_tokens)
+        figures = self._statistics.report(self._channel.traffic, path.draft_ms, link.rtt_ms, path.wasted_tokens)
+        return {**figures, "sibling_hits": path.siblings.num_hits}
 
     def connected(self, stream: int) -> None:
         """See `channel.Listener`."""
@@ -290,7 +291,7 @@ class _Run:
             self._fail(error)
         elif isinstance(effect, Draft):
             proposal = future.result()
-            self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now))
+            self._do(lambda now: self._session.drafted(proposal.tokens, proposal.confidence, now, proposal.siblings))
             self._note_sources(effect, proposal)
 
     def _note_sources(self, draft: Draft, proposal: Proposal) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from shared.core.effects import Rows
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.siblings import Siblings
 
 __all__ = [
     "MODEL_SOURCE",
@@ -43,12 +44,15 @@ MODEL_SOURCE = "model"
 class Proposal:
     """Drafted tokens and, for each, the draft model's own probability of it (0 to 1).
 
+    `siblings[i]` are other tokens that the model finds likely instead of token i, best first, each with its probability
+    given that what comes before it is wrong; where it is empty there are none for any token.
     `sources` names what drafted each, for statistics; where it is empty all are the model's (`MODEL_SOURCE`).
     """
 
     tokens: tuple[int, ...]
     confidence: tuple[float, ...]
     sources: tuple[str, ...] = ()
+    siblings: tuple[Siblings, ...] = ()
 
 
 class DraftEngine(Protocol):

@@ -86,6 +86,7 @@ def edge_to_wire(message: EdgeMessage) -> pb.EdgeMessage:
                 parent_hash=message.parent_hash,
                 tokens=message.tokens,
                 confidence=message.confidence,
+                parents=[parent + 1 for parent in message.parents],
             )
             return pb.EdgeMessage(draft=draft)
         case Heartbeat():
@@ -302,11 +303,17 @@ def _draft_from_wire(wire: pb.Draft) -> Draft:
         raise RemoteProtocolError("Draft has no tokens")
     if len(wire.confidence) not in (0, len(wire.tokens)):
         raise RemoteProtocolError(f"Draft.confidence has {len(wire.confidence)} bytes for {len(wire.tokens)} tokens")
+    num_branches, length = len(wire.parents), len(wire.tokens)
+    if num_branches > length:
+        raise RemoteProtocolError(f"Draft has {num_branches} parents for {length} tokens")
+    if any(parent > index for index, parent in enumerate(wire.parents, start=length - num_branches)):
+        raise RemoteProtocolError("Draft.parents has a token that does not come before its child")
     return Draft(
         start=_integer("Draft.start", wire.start),
         parent_hash=_integer("Draft.parent_hash", wire.parent_hash, limit=_HASH_LIMIT),
         tokens=_tokens("Draft.tokens", wire.tokens, MAX_DRAFT_TOKENS),
         confidence=wire.confidence,
+        parents=tuple([parent - 1 for parent in wire.parents]),
     )
 
 

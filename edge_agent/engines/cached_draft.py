@@ -17,17 +17,20 @@ A full window drops a part of itself at once, as the rest must be moved then.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Fingerprint, Sampling
-from shared.core.selection import probability, select
+from shared.core.selection import candidates, confidences
+from shared.core.siblings import Siblings
 from shared.engine import Capabilities, EngineError, Proposal
 
 SINK_TOKENS = 4
 _SLIDES = 8  # a full window drops so small a part of itself
+_SIBLINGS = 3  # of each token: the target's is among the first four of a weak draft three times in four
 
 
 def context_room(context_tokens: int, window_tokens: int, trained_tokens: int) -> tuple[int, int]:
@@ -95,13 +98,11 @@ class CachedDraft(ABC):
         """
         if not self._tokens:
             raise LocalProtocolError("nothing to draft from: reset the engine to at least one token first")
-        start = len(self._tokens)
-        confidence: list[float] = []
-        while len(confidence) < n and len(self._tokens) < self._capabilities.max_context:
-            token, chance = self._select(self._logits(1)[0])
-            self._tokens.append(token)
-            confidence.append(chance)
-        return Proposal(tuple(self._tokens[start:]), tuple(confidence))
+        drafted: list[_Drafted] = []
+        while len(drafted) < n and len(self._tokens) < self._capabilities.max_context:
+            drafted.append(self._select(self._logits(1)[0]))
+            self._tokens.append(drafted[-1].token)
+        return _proposal(drafted)
 
     def propose_checked(self, guess: Sequence[int]) -> Proposal:
         """Draft on as `propose` does, given a guess at the next tokens, which are all evaluated at once.
@@ -120,16 +121,15 @@ class CachedDraft(ABC):
             logits = self._logits(len(guess) + 1)
         finally:
             del self._tokens[start:]
-        confidence: list[float] = []
+        drafted: list[_Drafted] = []
         for row, guessed in zip(logits, (*guess, None), strict=True):
-            token, chance = self._select(row)
-            self._tokens.append(token)
-            confidence.append(chance)
-            if token != guessed:
+            drafted.append(self._select(row))
+            self._tokens.append(drafted[-1].token)
+            if drafted[-1].token != guessed:
                 break
         if not self._cut(len(self._tokens) - 1):
             raise EngineError(f"model {self._name} cannot roll back (recurrent state); use another draft model")
-        return Proposal(tuple(self._tokens[start:]), tuple(confidence))
+        return _proposal(drafted)
 
     def rollback(self, length: int) -> None:
         """Forget every token from position `length` on. Raises `EngineError` if the cache cannot."""
@@ -189,12 +189,13 @@ class CachedDraft(ABC):
         if self.dropped_tokens:
             self._cached = max(self._cached, SINK_TOKENS + self.dropped_tokens)
 
-    def _select(self, logits: NDArray[np.float32]) -> tuple[int, float]:
-        """The token that follows the list, by its logits (V,), and its probability."""
+    def _select(self, logits: NDArray[np.float32]) -> "_Drafted":
+        """The token that follows the list, by its logits (V,), and its siblings."""
         # Padded ids beyond the vocabulary mean nothing to the verifier, which would refuse them.
         known = logits[: self.fingerprint.size]
-        token = select(known, self._sampling, len(self._tokens), self._tokens, self._prompt_len)
-        return token, probability(known, token)
+        ids = candidates(known, self._sampling, len(self._tokens), 1 + _SIBLINGS, self._tokens, self._prompt_len)
+        (token, confidence), *siblings = zip(ids.tolist(), confidences(known, ids), strict=True)
+        return _Drafted(token, confidence, tuple(siblings))
 
     def _cut(self, length: int) -> bool:
         """Keep at most `length` tokens in the cache; False, and nothing changed, if the model cannot."""
@@ -208,3 +209,18 @@ class CachedDraft(ABC):
             return False
         self._cached, self.dropped_tokens = length, dropped
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    token: int
+    confidence: float
+    siblings: Siblings
+
+
+def _proposal(drafted: Sequence[_Drafted]) -> Proposal:
+    return Proposal(
+        tuple([one.token for one in drafted]),
+        tuple([one.confidence for one in drafted]),
+        siblings=tuple([one.siblings for one in drafted]),
+    )

@@ -16,6 +16,7 @@ from edge_agent.engines import ngram
 from edge_agent.engines.ngram import CopyChances, NgramDraft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.siblings import Siblings
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
 
 _MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
@@ -70,7 +71,7 @@ class LookupDraft:
         self._lookup = lookup
         self._row_ms = row_ms
         self._length = 0
-        self._ready: list[tuple[int, float, str]] = []  # token, confidence, source
+        self._ready: list[tuple[int, float, str, Siblings]] = []  # token, confidence, source, siblings
         self._chances = CopyChances()
 
     def __repr__(self) -> str:
@@ -115,10 +116,10 @@ class LookupDraft:
         if n > 0 and not self._ready:
             self._ready = self._draft()
         drafted, self._ready = self._ready[:n], self._ready[n:]
-        tokens, confidence, sources = zip(*drafted, strict=True) if drafted else ((), (), ())
+        tokens, confidence, sources, siblings = zip(*drafted, strict=True) if drafted else ((), (), (), ())
         self._lookup.extend(tokens)
         self._length += len(tokens)
-        return Proposal(tokens, confidence, sources)
+        return Proposal(tokens, confidence, sources, siblings=siblings)
 
     def rollback(self, length: int) -> None:
         """Forget every token from position `length` on."""
@@ -134,7 +135,7 @@ class LookupDraft:
         self._model.close()
         self._lookup.close()
 
-    def _draft(self) -> list[tuple[int, float, str]]:
+    def _draft(self) -> list[tuple[int, float, str, Siblings]]:
         """Let the model draft at least one token, with a guess where that pays."""
         length, guess = self._lookup.guess(_MOST_GUESSED)
         matches = range(length, length + len(guess))  # each token, if it is right, makes the match longer
@@ -144,4 +145,5 @@ class LookupDraft:
         for index, match in enumerate(matches[: min(right + 1, len(guess))]):
             self._chances.observe(match, index < right)
         sources = (ngram.SOURCE,) * right + (MODEL_SOURCE,)
-        return list(zip(proposal.tokens, proposal.confidence, sources, strict=False))
+        siblings = proposal.siblings or ((),) * len(proposal.tokens)
+        return list(zip(proposal.tokens, proposal.confidence, sources, siblings, strict=False))

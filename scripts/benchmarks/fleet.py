@@ -183,6 +183,6 @@ class FleetEdge:
 
         def drafted() -> None:
             if self._session is session:
-                self._do(session.drafted(proposal.tokens, proposal.confidence, time.monotonic()))
+                self._do(session.drafted(proposal.tokens, proposal.confidence, time.monotonic(), proposal.siblings))
 
         self._drafting = self._loop.call_later(self._draft_s * effect.n, drafted)

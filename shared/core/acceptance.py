@@ -27,13 +27,13 @@ class Acceptance:
         """Probability that the next draft token is accepted, given that the ones before it were; 0 to 1."""
         return self._rate
 
-    def observe(self, matched: int, failed: bool) -> None:
-        """Learn from one judged path."""
+    def observe(self, matched: int, failed: int) -> None:
+        """Learn from one judged path: in a tree more than one may have failed."""
         rate, seen, most = self._rate, self._seen, self.WINDOW_TOKENS
         for _ in range(matched):
             seen = seen + 1 if seen < most else most
             rate += (1.0 - rate) / seen
-        if failed:
+        for _ in range(failed):
             seen = seen + 1 if seen < most else most
             rate -= rate / seen
         self._rate, self._seen = rate, seen
@@ -52,8 +52,8 @@ class Calibration:
     RANGE_BITS = 5
     _DRAWN_BY = 4.0
 
-    def __init__(self) -> None:
-        self._overall = Acceptance()
+    def __init__(self, prior: float = 0.8) -> None:
+        self._overall = Acceptance(prior)
         self._ranges = [(0.0, 0.0)] * (256 >> self.RANGE_BITS)  # (smoothed acceptance, observations)
         self.table = [self._overall.rate] * len(self._ranges)
 
@@ -71,10 +71,10 @@ class Calibration:
         return prod([table[confidence >> self.RANGE_BITS] for confidence in confidences])
 
     def observe(self, accepted: bytes, rejected: bytes) -> None:
-        """Learn from one judged path: the confidences of the tokens that matched, and of the one that did not."""
+        """Learn from one judged path: the confidences of the tokens that matched, and of those that did not."""
         if not accepted and not rejected:
             return
-        self._overall.observe(len(accepted), bool(rejected))
+        self._overall.observe(len(accepted), len(rejected))
         ranges, most = self._ranges, Acceptance.WINDOW_TOKENS
         for confidences, outcome in ((accepted, 1.0), (rejected, 0.0)):
             for confidence in confidences:

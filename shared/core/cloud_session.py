@@ -35,13 +35,14 @@ from math import exp, inf
 
 from shared.core.acceptance import Calibration
 from shared.core.acceptance_report import RequestAcceptance
-from shared.core.draft_tree import DraftTree, Grafted, Node
+from shared.core.draft_tree import DraftTree, Grafted, Node, chains
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.forecast import Forecast
 from shared.core.messages import Commit, Draft, Finish, Open, SessionStatus, Want
 from shared.core.policies import Decodes, Offer, Outlook
 from shared.core.settings import CloudSettings, SelfDecode
+from shared.core.siblings import SIBLING_PRIOR
 from shared.core.tokens import TokenLog
 
 _GOODPUT_WINDOW_S = 2.0
@@ -85,6 +86,7 @@ class CloudSession:
         self._limit = min(opened.prompt_len + opened.max_new_tokens, settings.context_length)
         self._tree = DraftTree(log, settings.max_pending_tokens)
         self._calibration = Calibration()
+        self._sibling_calibration = Calibration(SIBLING_PRIOR)
         self._acked_len = len(log)
         self._is_plain = opened.want is Want.STREAM or settings.self_decode is SelfDecode.ALWAYS
         self._forecast = Forecast(len(log), now)
@@ -112,6 +114,11 @@ class CloudSession:
     def pending_tokens(self) -> int:
         """Draft tokens that wait to be verified."""
         return len(self._tree)
+
+    @property
+    def pending_siblings(self) -> int:
+        """How many of them are beside the edge's own path."""
+        return len(self._tree) - self._tree.path_len
 
     @property
     def held_until(self) -> float | None:
@@ -171,14 +178,18 @@ class CloudSession:
         if self.opened.want is Want.STREAM or self.finish is not Finish.NONE:
             grafted = Grafted(0, len(draft.tokens), 0)
         else:
-            grafted = self._tree.graft(draft)
+            path, *branches = chains(draft)
+            grafted = self._tree.graft(path)
             self._calibration.refresh()  # now, not when the next step waits for its plan
-            stands = len(draft.tokens) - grafted.stale - grafted.overflow
+            self._sibling_calibration.refresh()
+            stands = len(path.tokens) - grafted.stale - grafted.overflow
             if stands:
-                self._forecast.arrived(draft.start + stands, self._held_until is not None, now)
+                self._forecast.arrived(path.start + stands, self._held_until is not None, now)
                 self._held_until = None
             if grafted.differs:
-                self._forecast.differed(draft.start + stands)
+                self._forecast.differed(path.start + stands)
+            for branch in branches:
+                grafted += self._tree.graft(branch)
         self.stale_tokens += grafted.stale
         return grafted
 
@@ -203,7 +214,8 @@ class CloudSession:
             return None
         if log_len - self._acked_len >= settings.window_tokens:
             return None
-        self._offered, worth = self._tree.best(settings.max_draft_rows, self._limit - 2, self._calibration.table)
+        tables = self._calibration.table, self._sibling_calibration.table
+        self._offered, worth = self._tree.best(settings.max_draft_rows, self._limit - 2, *tables)
         decodes = self._decodes(now)
         prefill_rows = log_len - self.cached_len - 1
         if not worth and not prefill_rows and decodes is Decodes.NEVER:
@@ -265,6 +277,7 @@ class CloudSession:
         self._forecast.committed(len(self.log), bool(judged.failed), now)
         self._held_until = None
         self._calibration.observe(judged.matched, judged.failed)
+        self._sibling_calibration.observe(judged.sibling_matched, judged.sibling_failed)
         self._recent_tokens = self.goodput(now) * _GOODPUT_WINDOW_S + len(tokens)
         self.stepped_at = now
         self.finish = self._finish_of(tokens[-1])
@@ -318,7 +331,7 @@ class CloudSession:
             draft_ms=forecast.draft_ms,
             rtt_ms=forecast.answer_ms,
             unknown_tokens=forecast.unknown_tokens(length),
-            next_ms=forecast.next_ms(length + len(self._tree), now),
+            next_ms=forecast.next_ms(length + self._tree.path_len, now),
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
         )

@@ -17,6 +17,7 @@ from shared.core.link import Link
 from shared.core.messages import Commit
 from shared.core.messages import Draft as DraftMessage
 from shared.core.policies import BURST_MESSAGES, DraftObservation
+from shared.core.siblings import PathSiblings, Siblings
 from shared.core.step_clock import StepClock
 from shared.core.tokens import TokenLog, quantize
 
@@ -31,6 +32,7 @@ class DraftPath:
     def __init__(self, prompt: Sequence[int]) -> None:
         self.log = TokenLog(prompt)
         self.calibration = Calibration()
+        self.siblings = PathSiblings()
         self.clock = StepClock()
         self.sent_len = len(self.log)
         self.in_flight: Draft | None = None
@@ -55,6 +57,15 @@ class DraftPath:
     def can_draft(self) -> bool:
         """Whether the draft engine is free and has room."""
         return self.in_flight is None and not self.is_exhausted
+
+    @property
+    def sent_siblings(self) -> int:
+        """Siblings that were sent on this stream, of tokens that are not committed yet."""
+        return self.siblings.num_sent(self.sent_len)
+
+    def verifier_holds(self, length: int) -> None:
+        """The verifier holds no more than so many tokens, siblings included, and dropped what is beyond."""
+        self.sent_len = min(self.sent_len, length - self.sent_siblings)
 
     def observe(self, settled_len: int, held_len: int, link: Link, max_ahead: int, now: float) -> DraftObservation:
         """What the policy decides on; the own path begins at `settled_len`, the verifier will hold up to `held_len`."""
@@ -88,7 +99,12 @@ class DraftPath:
         return self.in_flight
 
     def drafted(
-        self, tokens: Sequence[int], confidence: Sequence[float], stop_ids: frozenset[int], now: float
+        self,
+        tokens: Sequence[int],
+        confidence: Sequence[float],
+        stop_ids: frozenset[int],
+        now: float,
+        siblings: Sequence[Siblings] = (),
     ) -> list[Rollback]:
         """The draft in flight came back: append what still stands, up to a stop token.
 
@@ -108,6 +124,7 @@ class DraftPath:
         stop = next((index + 1 for index, token in enumerate(tokens) if token in stop_ids), len(tokens))
         common = self.log.match(draft.start, tokens[:stop])
         if draft.start + common == len(self.log):
+            self.siblings.put(len(self.log), siblings[common:stop])
             self._append(tokens[common:stop], bytes(map(quantize, confidence[common:stop])))
             common = stop
         self._engine_len = draft.start + common
@@ -133,6 +150,8 @@ class DraftPath:
         end, failed = start + matched, int(matched < min(ahead, len(tokens)))
         self.calibration.observe(bytes(self._confidence[start:end]), bytes(self._confidence[end : end + failed]))
         self.calibration.refresh()
+        differing = tokens[matched] if failed else None
+        self.siblings.judged(end if failed else start + len(tokens) - 1, differing, num_accepted > matched)
         fading = _USE_FADING ** len(tokens)
         self._recently_used = self._recently_used * fading + num_accepted
         self._recently_drafted *= fading
@@ -144,14 +163,26 @@ class DraftPath:
         self.sent_len = max(self.sent_len, start + len(tokens))
         return matched, effects
 
-    def send(self, held_len: int, now: float) -> DraftMessage:
-        """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent."""
+    def send(self, settled_len: int, held_len: int, sibling_price: float, now: float) -> DraftMessage:
+        """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent.
+
+        With siblings that are worth their price (see `PathSiblings`), as far as the verifier holds them, too.
+        """
         start, end = self.sent_len, min(len(self.log), held_len)
         self._is_fresh = False
         self.clock.sent(end, start < self._awaited_len, now)
         self.sent_len = end
-        confidence = bytes(self._confidence[start:end])
-        return DraftMessage(start, self.log.hash_at(start), self.log.tokens(start, end), confidence)
+        confidence, tokens = bytes(self._confidence[start:end]), self.log.tokens(start, end)
+        reach = self.calibration.reach(self._confidence[settled_len:start])
+        chances = [self.calibration.table[byte >> Calibration.RANGE_BITS] for byte in confidence]
+        leaves = self.siblings.choose(start, reach, chances, sibling_price, held_len - end)
+        return DraftMessage(
+            start,
+            self.log.hash_at(start),
+            tokens + tuple([leaf.token for leaf in leaves]),
+            confidence + bytes([leaf.confidence for leaf in leaves]),
+            tuple([leaf.position - start - 1 for leaf in leaves]),
+        )
 
     def _append(self, tokens: Sequence[int], confidence: bytes) -> None:
         self.log.extend(tokens)
@@ -162,6 +193,7 @@ class DraftPath:
         self.is_exhausted = self.is_exhausted and length == len(self.log)
         self.log.truncate(length)
         del self._confidence[length:]
+        self.siblings.cut(length)
         self.sent_len = min(self.sent_len, length)
         self._is_fresh = True
         self.clock.cut(length)

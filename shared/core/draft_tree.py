@@ -9,7 +9,7 @@ pruned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import accumulate
 from operator import mul
@@ -47,16 +47,42 @@ class Grafted:
     overflow: int
     differs: bool = False
 
+    def __add__(self, branch: Grafted) -> Grafted:
+        """What became of both; whether a branch differs from the committed tokens says nothing."""
+        added, stale, overflow = self.added + branch.added, self.stale + branch.stale, self.overflow + branch.overflow
+        return Grafted(added, stale, overflow, self.differs)
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What a commit said about pending drafts: the confidences of those that matched, and of the one that did not.
+    """What a commit said about pending drafts: the confidences of those that matched, and of those that did not.
 
-    Among siblings that all did not match, `failed` names the surest; it is empty where nothing was pending.
+    The first child of a node is judged apart from its siblings, of which each is asked only once those before it were
+    wrong. `failed` is empty exactly where the text went along first children, as far as anything was pending.
     """
 
     matched: bytes
     failed: bytes
+    sibling_matched: bytes = b""
+    sibling_failed: bytes = b""
+
+
+def chains(draft: Draft) -> list[Draft]:
+    """The draft in pieces without branches; each hangs on the named prefix or on a piece before it."""
+    if not draft.parents:
+        return [draft]
+    split = len(draft.tokens) - len(draft.parents)
+    parents = (*range(-1, split - 1), *draft.parents)
+    behind = [(draft.start, draft.parent_hash)]  # position and prefix hash of what hangs on the prefix, on each token
+    for parent, token in zip(parents, draft.tokens, strict=True):
+        position, prefix_hash = behind[parent + 1]
+        behind.append((position + 1, next_hash(prefix_hash, token)))
+    pieces = [replace(draft, tokens=draft.tokens[:split], confidence=draft.confidence[:split], parents=())]
+    for index in range(split, len(parents)):
+        start, parent_hash = behind[parents[index] + 1]
+        confidence = draft.confidence[index : index + 1]
+        pieces.append(Draft(start, parent_hash, draft.tokens[index : index + 1], confidence))
+    return pieces if split else pieces[1:]
 
 
 class DraftTree:
@@ -77,8 +103,18 @@ class DraftTree:
         depth = max((node.position for node in self._nodes.values()), default=self._root.position) - self._root.position
         return f"<DraftTree {len(self)} pending, depth {depth}>"
 
+    @property
+    def path_len(self) -> int:
+        """How far the pending drafts go along first children: the edge's own path."""
+        if self._chain is not None:
+            return len(self._chain)
+        node, length = self._root, 0
+        while node.children:
+            node, length = next(iter(node.children.values())), length + 1
+        return length
+
     def graft(self, draft: Draft) -> Grafted:
-        """Apply a draft where its prefix stands."""
+        """Apply a draft without branches (see `chains`) where its prefix stands."""
         tokens = draft.tokens
         committed = max(len(self._log) - draft.start, 0)
         if committed:
@@ -97,17 +133,26 @@ class DraftTree:
 
     def advance(self, tokens: Sequence[int]) -> Judged:
         """Re-root along tokens that were just committed (and appended to the log)."""
-        matched, node, has_siblings = bytearray(), self._root, False
+        matched, failed, sibling_matched, sibling_failed = bytearray(), bytearray(), bytearray(), bytearray()
+        node, has_siblings = self._root, False
         for token in tokens:
             child = node.children.get(token)
+            if child is not None and len(node.children) == 1:
+                matched.append(child.confidence)
+            else:
+                has_siblings = True
+                right, wrong = matched, failed
+                for sibling in node.children.values():
+                    if sibling is child:
+                        right.append(sibling.confidence)
+                        break
+                    wrong.append(sibling.confidence)
+                    right, wrong = sibling_matched, sibling_failed
             if child is None:
-                siblings = [sibling.confidence for sibling in node.children.values()]
                 self._nodes.clear()
                 self._chain, self._ranges = [], bytearray()
                 self._root = Node(-1, len(self._log) - 1, self._log.hash_at(len(self._log)), 255)
-                return Judged(bytes(matched), bytes((max(siblings),)) if siblings else b"")
-            matched.append(child.confidence)
-            has_siblings |= len(node.children) > 1
+                return Judged(bytes(matched), bytes(failed), bytes(sibling_matched), bytes(sibling_failed))
             node = child
             del self._nodes[node.prefix_hash]
         self._root, node.parent, node.row = node, None, -1
@@ -115,13 +160,16 @@ class DraftTree:
             self._prune()
         elif self._chain is not None:
             del self._chain[: len(tokens)], self._ranges[: len(tokens)]
-        return Judged(bytes(matched), b"")
+        return Judged(bytes(matched), bytes(failed), bytes(sibling_matched), bytes(sibling_failed))
 
-    def best(self, count: int, last_position: int, table: Sequence[float]) -> tuple[list[Node], list[float]]:
+    def best(
+        self, count: int, last_position: int, table: Sequence[float], sibling_table: Sequence[float]
+    ) -> tuple[list[Node], list[float]]:
         """The `count` nodes up to a position that are likeliest to be accepted, likeliest first, and how likely.
 
-        A node is as likely as its parent times what `table` (see `Calibration`) says of its own confidence, so a parent
-        comes before its children: DySpec's greedy tree, grown under a budget of nodes.
+        A first child is as likely as its parent times what `table` (see `Calibration`) says of its own confidence. A
+        sibling has what those before it leave over, times what `sibling_table` says. So a parent comes before its
+        children: DySpec's greedy tree (arXiv 2410.11744), grown under a budget of nodes.
         """
         if not self._nodes:
             return [], []
@@ -133,9 +181,12 @@ class DraftTree:
         node, path_worth, serial = self._root, 1.0, 0
         while len(nodes) < count:
             if node.position < last_position:
+                left, chances = path_worth, table
                 for child in node.children.values():
                     serial += 1
-                    heappush(frontier, (-path_worth * table[child.confidence >> Calibration.RANGE_BITS], serial, child))
+                    its_worth = left * chances[child.confidence >> Calibration.RANGE_BITS]
+                    heappush(frontier, (-its_worth, serial, child))
+                    left, chances = left - its_worth, sibling_table
             if not frontier:
                 break
             lost, _, node = heappop(frontier)

@@ -31,6 +31,7 @@ Each input returns effects to carry out in order; `wake_at` says when to call `t
 """
 
 import math
+from collections.abc import Sequence
 from enum import Enum
 
 from shared.core.dialler import Dialler
@@ -41,6 +42,7 @@ from shared.core.link import Link
 from shared.core.messages import Close, CloudMessage, Commit, Failure, Finish, Heartbeat, NeedTokens, Want
 from shared.core.policies import DraftPolicy
 from shared.core.settings import EdgeSettings, OnDisconnect, OnReconnect, Request
+from shared.core.siblings import Siblings
 from shared.core.transcript import Transcript
 
 _CLOCK_GRAIN_MS = 0.1  # shorter waits are none: a timer that rounds to now would fire for ever
@@ -127,9 +129,11 @@ class EdgeSession:
                 pass
         return effects + self._advance(now)
 
-    def drafted(self, tokens: tuple[int, ...], confidence: tuple[float, ...], now: float) -> list[EdgeEffect]:
+    def drafted(
+        self, tokens: tuple[int, ...], confidence: tuple[float, ...], now: float, siblings: Sequence[Siblings] = ()
+    ) -> list[EdgeEffect]:
         """The draft engine carried out the last `Draft`; no tokens means that its context is full."""
-        rollbacks = self.path.drafted(tokens, confidence, self._request.stop_ids, now)
+        rollbacks = self.path.drafted(tokens, confidence, self._request.stop_ids, now, siblings)
         return [*rollbacks, *self._advance(now)]
 
     def tick(self, now: float) -> list[EdgeEffect]:
@@ -186,7 +190,7 @@ class EdgeSession:
         start = self.committed_len
         tokens = self.path.news(commit, start, self._request.vocabulary.size)
         self._max_ahead = commit.max_ahead or self._max_ahead
-        self.path.sent_len = min(self.path.sent_len, start + self._max_ahead)  # the verifier dropped what is beyond
+        self.path.verifier_holds(start + self._max_ahead)
         self.path.clock.committed(commit.num_drafted, commit.queue_ms, commit.verify_ms, self.link.rtt_ms, now)
         matched, rollbacks = self.path.lay(start, tokens, commit.num_accepted, commit.hold_tokens)
         self.committed_len = self._known_len = start + len(tokens)
@@ -236,7 +240,9 @@ class EdgeSession:
     def _run_ahead(self, now: float) -> list[EdgeEffect]:
         """Send what is due and draft further."""
         path, settled_len = self.path, max(self.committed_len, self._transcript.shown_len)
-        held_len = max(self.committed_len, self._opened_len) + self._max_ahead if self._is_up else 0
+        held_len = (
+            max(self.committed_len, self._opened_len) + self._max_ahead - path.sent_siblings if self._is_up else 0
+        )
         seen = path.observe(settled_len, held_len, self.link, self._max_ahead, now)
         drafts: list[EdgeEffect] = []
         if path.can_draft and self._request.ending(path.log) is Finish.NONE:
@@ -245,6 +251,7 @@ class EdgeSession:
         if seen.unsent_tokens:
             wait_ms = self._policy.send_in_ms(seen, path.in_flight is not None)
             if wait_ms < _CLOCK_GRAIN_MS:
-                return [Send(self._dialler.stream, path.send(held_len, now)), *drafts]
+                draft = path.send(settled_len, held_len, self._policy.sibling_price(seen), now)
+                return [Send(self._dialler.stream, draft), *drafts]
             self._send_at = now + wait_ms / 1000
         return drafts

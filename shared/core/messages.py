@@ -100,13 +100,17 @@ class Draft:
     """Proposed tokens for positions `start`, `start + 1`, ...; they extend the prefix whose hash is `parent_hash`.
 
     `confidence` holds the draft model's own probability of each token, quantized to one byte (`tokens.quantize`); it is
-    empty or as long as `tokens`.
+    empty or as long as `tokens`. That of a sibling is given that the siblings before it are wrong.
+
+    A tree is a chain with branches: the last tokens, as many as there are `parents`, each hang on the token with that
+    index, -1 on the named prefix; those before them follow each other.
     """
 
     start: int
     parent_hash: int
     tokens: tuple[int, ...]
     confidence: bytes = b""
+    parents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,10 @@ class DraftPolicy(Protocol):
         """How long to let unsent tokens gather: 0 sends them now, infinity waits until drafting stops."""
         ...
 
+    def sibling_price(self, seen: DraftObservation) -> float:
+        """The least probability of being the committed token with which a sibling is sent; above 1: none is."""
+        ...
+
 
 class Decodes(Enum):
     """Whether a session's last committed token may be evaluated without a draft behind it (self-decode)."""

@@ -34,16 +34,29 @@ def select(logits: Logits, sampling: Sampling, position: int, context: Sequence[
     `context` is those tokens and `prompt_len` how many of them are the prompt; both are read only where
     `sampling.has_penalties`. A logit of -inf forbids its id. Raises `LocalProtocolError` for NaN, +inf, or no id left.
     """
+    return int(candidates(logits, sampling, position, 1, context, prompt_len)[0])
+
+
+def candidates(
+    logits: Logits, sampling: Sampling, position: int, count: int, context: Sequence[int] = (), prompt_len: int = 0
+) -> Ids:
+    """Up to `count` ids, best first: what `select` takes, then what it would take if that were not among the survivors.
+
+    These are the largest `log_prob + gumbel`, a sample without replacement (Gumbel top-k: Kool, van Hoof and Welling,
+    arXiv 1903.06059). Arguments and errors are those of `select`.
+    """
     if sampling.temperature == 0:
         penalised = _penalised(logits, sampling, context, prompt_len)
         _peak(penalised)
-        return int(np.argmax(penalised))
+        if count == 1:
+            return np.array([penalised.argmax()])
+        ids, scores = _allowed(penalised)
+        return ids[_largest(scores, count)]
     ids, scores = _survivors(logits, sampling, context, prompt_len)
-    if len(ids) == 1:
-        return int(ids[0])
-    # The normaliser is left out: it is the same for every id.
-    scores += gumbel(sampling.seed, position, ids)
-    return int(ids[np.argmax(scores)])
+    if len(ids) > 1:
+        # The normaliser is left out: it is the same for every id.
+        scores += gumbel(sampling.seed, position, ids)
+    return ids[_largest(scores, count)]
 
 
 def filtered_distribution(
@@ -59,10 +72,19 @@ def filtered_distribution(
     return ids, scores - math.log(float(np.exp(scores).sum()))
 
 
-def probability(logits: Logits, token: int) -> float:
-    """Probability of `token` under the plain softmax of the logits (V,): a draft's confidence. Raises as `select`."""
+def confidences(logits: Logits, tokens: Sequence[int] | Ids) -> list[float]:
+    """Probability of each of these tokens, given that it is none of those before it.
+
+    Under the plain softmax of the logits (V,): a draft's confidence in what it proposes and in each sibling of that.
+    Raises as `select`.
+    """
     peak = _peak(logits)
-    return float(np.exp(logits[token] - peak) / np.exp(logits - peak).sum(dtype=np.float64))
+    left = float(np.exp(logits - peak).sum(dtype=np.float64))
+    given = []
+    for weight in np.exp(np.asarray(logits[tokens], dtype=np.float64) - peak):
+        given.append(float(weight) / left if left > weight else 1.0)
+        left -= float(weight)
+    return given
 
 
 def _survivors(logits: Logits, sampling: Sampling, context: Sequence[int], prompt_len: int) -> tuple[Ids, Scores]:
@@ -114,6 +136,14 @@ def _allowed(logits: Logits | Scores) -> tuple[Ids, Logits | Scores]:
         return np.arange(len(logits)), logits
     ids = np.flatnonzero(logits > -np.inf)
     return ids, logits[ids]
+
+
+def _largest(values: Logits | Scores, count: int) -> Ids:
+    """Indices of the `count` largest values, the largest first; the first of equals."""
+    if count == 1:
+        return np.array([values.argmax()])
+    largest = _top_k(values, count) if count < len(values) else np.arange(len(values))
+    return largest[np.argsort(-values[largest], kind="stable")]
 
 
 def _top_k(values: Logits | Scores, k: int) -> Ids:

@@ -215,7 +215,7 @@ class SessionTable:
         if offer is None:
             return 0
         offer.outlook = session.outlook(now)
-        return self._policy.allot([offer]).hold_tokens
+        return max(self._policy.allot([offer]).hold_tokens - session.pending_siblings, 0)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshared/pb/speculation.proto\x12\x0boutrider.v1\"\xaf\x01\n\x0b\x45\x64geMessage\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.outrider.v1.OpenH\x00\x12#\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.outrider.v1.DraftH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12#\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x12.outrider.v1.CloseH\x00\x42\x06\n\x04kind\"\xc3\x01\n\x0c\x43loudMessage\x12%\n\x06\x63ommit\x18\x01 \x01(\x0b\x32\x13.outrider.v1.CommitH\x00\x12.\n\x0bneed_tokens\x18\x02 \x01(\x0b\x32\x17.outrider.v1.NeedTokensH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12\'\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x14.outrider.v1.FailureH\x00\x42\x06\n\x04kind\"\xd6\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penalty\"+\n\x0b\x46ingerprint\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x99\x02\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12,\n\nvocabulary\x18\x06 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.outrider.v1.Sampling\x12\x10\n\x08stop_ids\x18\x08 \x03(\r\x12\x1f\n\x04want\x18\t \x01(\x0e\x32\x11.outrider.v1.Want\x12\x11\n\tknown_len\x18\n \x01(\r\x12\x12\n\nknown_hash\x18\x0b \x01(\x06\"O\n\x05\x44raft\x12\r\n\x05start\x18\x01 \x01(\r\x12\x13\n\x0bparent_hash\x18\x02 \x01(\x06\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x12\n\nconfidence\x18\x04 \x01(\x0c\"S\n\tHeartbeat\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x15\n\rcommitted_len\x18\x02 \x01(\r\x12\x10\n\x08\x64raft_ms\x18\x03 \x01(\x02\x12\x0e\n\x06rtt_ms\x18\x04 \x01(\x02\"\x17\n\x05\x43lose\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc4\x01\n\x06\x43ommit\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x13\n\x0bnum_drafted\x18\x03 \x01(\r\x12\x14\n\x0cnum_accepted\x18\x04 \x01(\r\x12#\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x13.outrider.v1.Finish\x12\x10\n\x08queue_ms\x18\x06 \x01(\r\x12\x11\n\tverify_ms\x18\x07 \x01(\r\x12\x11\n\tmax_ahead\x18\x08 \x01(\r\x12\x13\n\x0bhold_tokens\x18\t \x01(\r\"\x0c\n\nNeedTokens\"Y\n\x07\x46\x61ilure\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.outrider.v1.FailureCode\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"-\n\x0f\x44\x65scribeRequest\x12\x1a\n\x12include_vocabulary\x18\x01 \x01(\x08\"\xdf\x01\n\x0b\x44\x65scription\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\nvocabulary\x18\x02 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x06 \x01(\r\x12\x1a\n\x12max_pending_tokens\x18\x07 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x08 \x03(\x0c\x12\x0f\n\x07step_ms\x18\t \x03(\x02\"4\n\x0cProbeRequest\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\x12\x13\n\x0breply_bytes\x18\x02 \x01(\r\"\x1d\n\nProbeReply\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\"\x15\n\x13ListSessionsRequest\"\x9b\x02\n\rSessionStatus\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x1f\n\x04want\x18\x03 \x01(\x0e\x32\x11.outrider.v1.Want\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x15\n\rcommitted_len\x18\x05 \x01(\r\x12\x12\n\ncached_len\x18\x06 \x01(\r\x12\x16\n\x0epending_tokens\x18\x07 \x01(\r\x12\x11\n\tnum_steps\x18\x08 \x01(\r\x12\x13\n\x0bnum_drafted\x18\t \x01(\r\x12\x14\n\x0cnum_accepted\x18\n \x01(\r\x12\x0f\n\x07goodput\x18\x0b \x01(\x02\x12\x10\n\x08\x64raft_ms\x18\x0c \x01(\x02\x12\x11\n\tsilent_ms\x18\r \x01(\x02\"\x7f\n\x0bSessionList\x12,\n\x08sessions\x18\x01 \x03(\x0b\x32\x1a.outrider.v1.SessionStatus\x12\x16\n\x0ekv_blocks_used\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\x12\x17\n\x0fparked_sessions\x18\x04 \x01(\r*A\n\x04Want\x12\x14\n\x10WANT_UNSPECIFIED\x10\x00\x12\x12\n\x0eWANT_SPECULATE\x10\x01\x12\x0f\n\x0bWANT_STREAM\x10\x02*=\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02*\x91\x02\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x01\x12#\n\x1f\x46\x41ILURE_CODE_RESOURCE_EXHAUSTED\x10\x02\x12\x19\n\x15\x46\x41ILURE_CODE_PROTOCOL\x10\x03\x12 \n\x1c\x46\x41ILURE_CODE_UNAUTHENTICATED\x10\x04\x12$\n FAILURE_CODE_VOCABULARY_MISMATCH\x10\x05\x12\x1f\n\x1b\x46\x41ILURE_CODE_CONTEXT_LENGTH\x10\x06\x12 \n\x1c\x46\x41ILURE_CODE_INVALID_REQUEST\x10\x07\x32\x9d\x02\n\x08Verifier\x12\x44\n\tSpeculate\x12\x18.outrider.v1.EdgeMessage\x1a\x19.outrider.v1.CloudMessage(\x01\x30\x01\x12\x42\n\x08\x44\x65scribe\x12\x1c.outrider.v1.DescribeRequest\x1a\x18.outrider.v1.Description\x12;\n\x05Probe\x12\x19.outrider.v1.ProbeRequest\x1a\x17.outrider.v1.ProbeReply\x12J\n\x0cListSessions\x12 .outrider.v1.ListSessionsRequest\x1a\x18.outrider.v1.SessionListb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshared/pb/speculation.proto\x12\x0boutrider.v1\"\xaf\x01\n\x0b\x45\x64geMessage\x12!\n\x04open\x18\x01 \x01(\x0b\x32\x11.outrider.v1.OpenH\x00\x12#\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x12.outrider.v1.DraftH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12#\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x12.outrider.v1.CloseH\x00\x42\x06\n\x04kind\"\xc3\x01\n\x0c\x43loudMessage\x12%\n\x06\x63ommit\x18\x01 \x01(\x0b\x32\x13.outrider.v1.CommitH\x00\x12.\n\x0bneed_tokens\x18\x02 \x01(\x0b\x32\x17.outrider.v1.NeedTokensH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.outrider.v1.HeartbeatH\x00\x12\'\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x14.outrider.v1.FailureH\x00\x42\x06\n\x04kind\"\xd6\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penalty\"+\n\x0b\x46ingerprint\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x99\x02\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12,\n\nvocabulary\x18\x06 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\'\n\x08sampling\x18\x07 \x01(\x0b\x32\x15.outrider.v1.Sampling\x12\x10\n\x08stop_ids\x18\x08 \x03(\r\x12\x1f\n\x04want\x18\t \x01(\x0e\x32\x11.outrider.v1.Want\x12\x11\n\tknown_len\x18\n \x01(\r\x12\x12\n\nknown_hash\x18\x0b \x01(\x06\"`\n\x05\x44raft\x12\r\n\x05start\x18\x01 \x01(\r\x12\x13\n\x0bparent_hash\x18\x02 \x01(\x06\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x12\n\nconfidence\x18\x04 \x01(\x0c\x12\x0f\n\x07parents\x18\x05 \x03(\r\"S\n\tHeartbeat\x12\r\n\x05nonce\x18\x01 \x01(\x04\x12\x15\n\rcommitted_len\x18\x02 \x01(\r\x12\x10\n\x08\x64raft_ms\x18\x03 \x01(\x02\x12\x0e\n\x06rtt_ms\x18\x04 \x01(\x02\"\x17\n\x05\x43lose\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xc4\x01\n\x06\x43ommit\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x13\n\x0bnum_drafted\x18\x03 \x01(\r\x12\x14\n\x0cnum_accepted\x18\x04 \x01(\r\x12#\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x13.outrider.v1.Finish\x12\x10\n\x08queue_ms\x18\x06 \x01(\r\x12\x11\n\tverify_ms\x18\x07 \x01(\r\x12\x11\n\tmax_ahead\x18\x08 \x01(\r\x12\x13\n\x0bhold_tokens\x18\t \x01(\r\"\x0c\n\nNeedTokens\"Y\n\x07\x46\x61ilure\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.outrider.v1.FailureCode\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"-\n\x0f\x44\x65scribeRequest\x12\x1a\n\x12include_vocabulary\x18\x01 \x01(\x08\"\xdf\x01\n\x0b\x44\x65scription\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\nvocabulary\x18\x02 \x01(\x0b\x32\x18.outrider.v1.Fingerprint\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x14\n\x0cmax_sessions\x18\x06 \x01(\r\x12\x1a\n\x12max_pending_tokens\x18\x07 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x08 \x03(\x0c\x12\x0f\n\x07step_ms\x18\t \x03(\x02\"4\n\x0cProbeRequest\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\x12\x13\n\x0breply_bytes\x18\x02 \x01(\r\"\x1d\n\nProbeReply\x12\x0f\n\x07padding\x18\x01 \x01(\x0c\"\x15\n\x13ListSessionsRequest\"\x9b\x02\n\rSessionStatus\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x1f\n\x04want\x18\x03 \x01(\x0e\x32\x11.outrider.v1.Want\x12\x12\n\nprompt_len\x18\x04 \x01(\r\x12\x15\n\rcommitted_len\x18\x05 \x01(\r\x12\x12\n\ncached_len\x18\x06 \x01(\r\x12\x16\n\x0epending_tokens\x18\x07 \x01(\r\x12\x11\n\tnum_steps\x18\x08 \x01(\r\x12\x13\n\x0bnum_drafted\x18\t \x01(\r\x12\x14\n\x0cnum_accepted\x18\n \x01(\r\x12\x0f\n\x07goodput\x18\x0b \x01(\x02\x12\x10\n\x08\x64raft_ms\x18\x0c \x01(\x02\x12\x11\n\tsilent_ms\x18\r \x01(\x02\"\x7f\n\x0bSessionList\x12,\n\x08sessions\x18\x01 \x03(\x0b\x32\x1a.outrider.v1.SessionStatus\x12\x16\n\x0ekv_blocks_used\x18\x02 \x01(\r\x12\x11\n\tkv_blocks\x18\x03 \x01(\r\x12\x17\n\x0fparked_sessions\x18\x04 \x01(\r*A\n\x04Want\x12\x14\n\x10WANT_UNSPECIFIED\x10\x00\x12\x12\n\x0eWANT_SPECULATE\x10\x01\x12\x0f\n\x0bWANT_STREAM\x10\x02*=\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02*\x91\x02\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x01\x12#\n\x1f\x46\x41ILURE_CODE_RESOURCE_EXHAUSTED\x10\x02\x12\x19\n\x15\x46\x41ILURE_CODE_PROTOCOL\x10\x03\x12 \n\x1c\x46\x41ILURE_CODE_UNAUTHENTICATED\x10\x04\x12$\n FAILURE_CODE_VOCABULARY_MISMATCH\x10\x05\x12\x1f\n\x1b\x46\x41ILURE_CODE_CONTEXT_LENGTH\x10\x06\x12 \n\x1c\x46\x41ILURE_CODE_INVALID_REQUEST\x10\x07\x32\x9d\x02\n\x08Verifier\x12\x44\n\tSpeculate\x12\x18.outrider.v1.EdgeMessage\x1a\x19.outrider.v1.CloudMessage(\x01\x30\x01\x12\x42\n\x08\x44\x65scribe\x12\x1c.outrider.v1.DescribeRequest\x1a\x18.outrider.v1.Description\x12;\n\x05Probe\x12\x19.outrider.v1.ProbeRequest\x1a\x17.outrider.v1.ProbeReply\x12J\n\x0cListSessions\x12 .outrider.v1.ListSessionsRequest\x1a\x18.outrider.v1.SessionListb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shared.pb.speculation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WANT']._serialized_start=2257
-  _globals['_WANT']._serialized_end=2322
-  _globals['_FINISH']._serialized_start=2324
-  _globals['_FINISH']._serialized_end=2385
-  _globals['_FAILURECODE']._serialized_start=2388
-  _globals['_FAILURECODE']._serialized_end=2661
+  _globals['_WANT']._serialized_start=2274
+  _globals['_WANT']._serialized_end=2339
+  _globals['_FINISH']._serialized_start=2341
+  _globals['_FINISH']._serialized_end=2402
+  _globals['_FAILURECODE']._serialized_start=2405
+  _globals['_FAILURECODE']._serialized_end=2678
   _globals['_EDGEMESSAGE']._serialized_start=45
   _globals['_EDGEMESSAGE']._serialized_end=220
   _globals['_CLOUDMESSAGE']._serialized_start=223
@@ -48,31 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPEN']._serialized_start=683
   _globals['_OPEN']._serialized_end=964
   _globals['_DRAFT']._serialized_start=966
-  _globals['_DRAFT']._serialized_end=1045
-  _globals['_HEARTBEAT']._serialized_start=1047
-  _globals['_HEARTBEAT']._serialized_end=1130
-  _globals['_CLOSE']._serialized_start=1132
-  _globals['_CLOSE']._serialized_end=1155
-  _globals['_COMMIT']._serialized_start=1158
-  _globals['_COMMIT']._serialized_end=1354
-  _globals['_NEEDTOKENS']._serialized_start=1356
-  _globals['_NEEDTOKENS']._serialized_end=1368
-  _globals['_FAILURE']._serialized_start=1370
-  _globals['_FAILURE']._serialized_end=1459
-  _globals['_DESCRIBEREQUEST']._serialized_start=1461
-  _globals['_DESCRIBEREQUEST']._serialized_end=1506
-  _globals['_DESCRIPTION']._serialized_start=1509
-  _globals['_DESCRIPTION']._serialized_end=1732
-  _globals['_PROBEREQUEST']._serialized_start=1734
-  _globals['_PROBEREQUEST']._serialized_end=1786
-  _globals['_PROBEREPLY']._serialized_start=1788
-  _globals['_PROBEREPLY']._serialized_end=1817
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1819
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1840
-  _globals['_SESSIONSTATUS']._serialized_start=1843
-  _globals['_SESSIONSTATUS']._serialized_end=2126
-  _globals['_SESSIONLIST']._serialized_start=2128
-  _globals['_SESSIONLIST']._serialized_end=2255
-  _globals['_VERIFIER']._serialized_start=2664
-  _globals['_VERIFIER']._serialized_end=2949
+  _globals['_DRAFT']._serialized_end=1062
+  _globals['_HEARTBEAT']._serialized_start=1064
+  _globals['_HEARTBEAT']._serialized_end=1147
+  _globals['_CLOSE']._serialized_start=1149
+  _globals['_CLOSE']._serialized_end=1172
+  _globals['_COMMIT']._serialized_start=1175
+  _globals['_COMMIT']._serialized_end=1371
+  _globals['_NEEDTOKENS']._serialized_start=1373
+  _globals['_NEEDTOKENS']._serialized_end=1385
+  _globals['_FAILURE']._serialized_start=1387
+  _globals['_FAILURE']._serialized_end=1476
+  _globals['_DESCRIBEREQUEST']._serialized_start=1478
+  _globals['_DESCRIBEREQUEST']._serialized_end=1523
+  _globals['_DESCRIPTION']._serialized_start=1526
+  _globals['_DESCRIPTION']._serialized_end=1749
+  _globals['_PROBEREQUEST']._serialized_start=1751
+  _globals['_PROBEREQUEST']._serialized_end=1803
+  _globals['_PROBEREPLY']._serialized_start=1805
+  _globals['_PROBEREPLY']._serialized_end=1834
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1836
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1857
+  _globals['_SESSIONSTATUS']._serialized_start=1860
+  _globals['_SESSIONSTATUS']._serialized_end=2143
+  _globals['_SESSIONLIST']._serialized_start=2145
+  _globals['_SESSIONLIST']._serialized_end=2272
+  _globals['_VERIFIER']._serialized_start=2681
+  _globals['_VERIFIER']._serialized_end=2966
 # @@protoc_insertion_point(module_scope)

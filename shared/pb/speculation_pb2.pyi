@@ -123,16 +123,18 @@ class Open(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., session_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., vocabulary: _Optional[_Union[Fingerprint, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., want: _Optional[_Union[Want, str]] = ..., known_len: _Optional[int] = ..., known_hash: _Optional[int] = ...) -> None: ...
 
 class Draft(_message.Message):
-    __slots__ = ("start", "parent_hash", "tokens", "confidence")
+    __slots__ = ("start", "parent_hash", "tokens", "confidence", "parents")
     START_FIELD_NUMBER: _ClassVar[int]
     PARENT_HASH_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
     start: int
     parent_hash: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     confidence: bytes
-    def __init__(self, start: _Optional[int] = ..., parent_hash: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., confidence: _Optional[bytes] = ...) -> None: ...
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, start: _Optional[int] = ..., parent_hash: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., confidence: _Optional[bytes] = ..., parents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("nonce", "committed_len", "draft_ms", "rtt_ms")

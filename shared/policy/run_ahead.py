@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 from shared.core.policies import BURST_MESSAGES, DraftObservation
+from shared.policy import branching
 
 _LEAST_WORTH = 0.03
 _LEAST_USE = 0.02
@@ -73,6 +74,10 @@ class RunAhead:
             wait_ms += seen.step_ms  # this step has its message
         return max(pause_ms, wait_ms)
 
+    def sibling_price(self, seen: DraftObservation) -> float:
+        """See `branching`."""
+        return branching.sibling_price(self.draft_duty)
+
     def _worthwhile(self, seen: DraftObservation, least_worth: float) -> int:
         """How many more tokens are likely enough to be right."""
         if seen.reach <= least_worth:
@@ -109,3 +114,7 @@ class StopAndWait:
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         """Only when the round is complete."""
         return math.inf if is_drafting else 0.0
+
+    def sibling_price(self, seen: DraftObservation) -> float:
+        """See `branching`."""
+        return branching.sibling_price(1.0)

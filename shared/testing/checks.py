@@ -16,7 +16,7 @@ from shared.core.session_table import SessionTable
 from shared.core.settings import CloudSettings, EdgeSettings, Request
 from shared.core.tokens import TokenLog
 from shared.policy.run_ahead import RunAhead
-from shared.testing.engines import ToyDraft, ToyModel, ToyTarget
+from shared.testing.engines import NoisyModel, ToyDraft, ToyModel, ToyTarget
 from shared.testing.link_model import LinkModel
 
 BURST_MESSAGES_PER_S = 32  # the budget is 30 on average; a window may begin and end with one more
@@ -146,6 +146,8 @@ class Checks:
         self.visits[f"up:{type(message).__name__}"] += 1
         if isinstance(message, Open):
             return
+        if isinstance(message, Draft) and message.parents:
+            self._sent_siblings(edge, message, now)
         edge.bytes_up += size
         edge.messages_up += 1
         edge.sent_at.append(now)
@@ -153,6 +155,18 @@ class Checks:
             within_s = now - edge.sent_at.popleft()
             if within_s < 1 and isinstance(edge.policy, RunAhead):
                 self.violated(edge, now, f"{BURST_MESSAGES_PER_S + 1} messages within {within_s:.2f} s")
+
+    def _sent_siblings(self, edge: SimEdge, draft: Draft, now: float) -> None:
+        """A sibling hangs where the draft model has it among its next choices, and nowhere twice."""
+        model, log = edge.engine.model, edge.session.path.log
+        assert isinstance(model, NoisyModel), "no other model has siblings"
+        places = list(zip(draft.parents, draft.tokens[-len(draft.parents) :], strict=True))
+        self.visits["sibling:sent"] += len(places)
+        for parent, token in places:
+            position = draft.start + parent + 1
+            _, *others = model.ranked(log.hash_at(position), log[position - 1], position, edge.request.sampling)
+            if token not in others or places.count((parent, token)) > 1:
+                self.violated(edge, now, f"{token} is no sibling at {position}")
 
     def engine_follows(self, edge: SimEdge, now: float) -> None:
         """With nothing queued, the draft engine's tokens are a prefix of the session's."""

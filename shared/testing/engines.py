@@ -17,6 +17,7 @@ from shared.core.errors import LocalProtocolError
 from shared.core.kv_blocks import BLOCK_TOKENS, KvBlocks
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.selection import select
+from shared.core.siblings import Siblings
 from shared.core.tokens import TokenLog, next_hash
 from shared.engine import Capabilities, DraftEngine, Proposal, TargetLimits
 
@@ -58,18 +59,31 @@ class HashModel:
 
 @dataclass(frozen=True, slots=True)
 class NoisyModel:
-    """A draft of `target` that agrees with it on a fraction `acceptance` of the prefixes; 0 is garbage."""
+    """A draft of `target` that agrees with it on a fraction `acceptance` of the prefixes; 0 is garbage.
+
+    Where it does not, its second choice is right on a fraction `second_chance`, its third on as much of the rest.
+    """
 
     target: ToyModel
     acceptance: float
     salt: int
+    second_chance: float = 0.0
 
     def token(self, prefix_hash: int, last: int, position: int, sampling: Sampling) -> int:
         """See `ToyModel`."""
-        token = self.target.token(prefix_hash, last, position, sampling)
-        if (_mix(prefix_hash, self.salt) >> 40) / (1 << 24) < self.acceptance:
-            return token
-        return token + 1 if token else 1
+        return self.ranked(prefix_hash, last, position, sampling)[0]
+
+    def ranked(self, prefix_hash: int, last: int, position: int, sampling: Sampling) -> tuple[int, int, int]:
+        """Its first choice for the token, its second and its third."""
+        right = self.target.token(prefix_hash, last, position, sampling)
+        ranked = [right + 1, *((right + 2, right + 3) if right < 900 else (right - 1, right - 2))]
+        mixed = _mix(prefix_hash, self.salt)
+        lucks = (mixed >> 40) / (1 << 24), (mixed >> 20) % (1 << 20) / (1 << 20), mixed % (1 << 20) / (1 << 20)
+        for rank, chance in enumerate((self.acceptance, self.second_chance, self.second_chance)):
+            if lucks[rank] < chance:
+                ranked[rank] = right
+                break
+        return ranked[0], ranked[1], ranked[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +127,19 @@ class ToyDraft:
     def propose(self, n: int) -> Proposal:
         """See `DraftEngine`."""
         n = min(n, self._max_context - len(self.log))
-        drafted = []
+        drafted: list[int] = []
+        siblings: list[Siblings] = []
         for _ in range(n):
             position = len(self.log)
-            token = self.model.token(self.log.hash_at(position), self.log[position - 1], position, self._sampling)
+            prefix = self.log.hash_at(position), self.log[position - 1], position, self._sampling
+            if isinstance(self.model, NoisyModel) and self.model.second_chance:
+                token, second, third = self.model.ranked(*prefix)
+                siblings.append(((second, 0.5), (third, 0.3)))
+            else:
+                token = self.model.token(*prefix)
             self.log.extend((token,))
             drafted.append(token)
-        return Proposal(tuple(drafted), (0.8,) * n)
+        return Proposal(tuple(drafted), (0.8,) * n, siblings=tuple(siblings))
 
     def rollback(self, length: int) -> None:
         """See `DraftEngine`."""

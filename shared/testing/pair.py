@@ -8,12 +8,12 @@ from collections import deque
 from shared.core import effects as fx
 from shared.core.edge_session import EdgeSession
 from shared.core.messages import CloudMessage, Commit, EdgeMessage
-from shared.core.policies import DraftPolicy
+from shared.core.policies import DraftPolicy, StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import EdgeSettings, Request, TableSettings
 from shared.core.tokens import TokenLog
+from shared.engine import DraftEngine, TargetEngine
 from shared.policy.scheduler import BestRate
-from shared.testing.engines import ToyDraft, ToyTarget
 
 TURN_S = 0.01
 
@@ -22,12 +22,12 @@ class Pair:
     """Carries effects out at once. `shown` is the user's text after the prompt, `commits` what the verifier said."""
 
     def __init__(
-        self, request: Request, edge: EdgeSettings, policy: DraftPolicy, engine: ToyDraft, target: ToyTarget,
-        table: TableSettings,
+        self, request: Request, edge: EdgeSettings, policy: DraftPolicy, engine: DraftEngine, target: TargetEngine,
+        table: TableSettings, step_policy: StepPolicy | None = None,
     ) -> None:  # fmt: skip
         self.now = 0.0
         self.session = EdgeSession(request, edge, policy)
-        self.table = SessionTable(table, BestRate(target.cost_ms, target.limits.max_rows))
+        self.table = SessionTable(table, step_policy or BestRate(target.cost_ms, target.limits.max_rows))
         self.shown = TokenLog(request.prompt)
         self.commits: list[Commit] = []
         self.finished: fx.Finished | None = None
@@ -69,7 +69,7 @@ class Pair:
                 case fx.Draft(feed=feed, n=n):
                     self._engine.extend(feed)
                     proposal = self._engine.propose(n)
-                    self._edge(self.session.drafted(proposal.tokens, proposal.confidence, self.now))
+                    self._edge(self.session.drafted(proposal.tokens, proposal.confidence, self.now, proposal.siblings))
                 case fx.Rollback(length=length):
                     self._engine.rollback(length)
                 case fx.Emit(tokens=tokens):

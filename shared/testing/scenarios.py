@@ -45,6 +45,7 @@ MUST_VISIT = {
     "hold": 100,
     **dict.fromkeys(("effect:Truncate", "effect:Share", "fault:forward", "prefill:shared"), 50),
     **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
+    **dict.fromkeys(("sibling:sent", "sibling:hit", "sibling:stale"), 100),
 }
 
 
@@ -140,7 +141,7 @@ def _add_edge(
         jitter_ms=random.choice((0.0, 5.0, 40.0)),
         duplicate_rate=0.0 if calm else 0.05,
     )
-    draft = NoisyModel(model, acceptance, salt=seed + 1)
+    draft = NoisyModel(model, acceptance, salt=seed + 1, second_chance=(0.0, 0.3, 0.7)[seed % 3])
     engine = ToyDraft(draft, max_context=random.choice((1 << 20, 1 << 20, 100)))
     draft_ms = random.choice((1.0, 8.0, 13.0, 60.0))
     return world.add_edge(request, settings, policy, engine, link, draft_ms, is_branching=not calm and seed % 2 == 0)

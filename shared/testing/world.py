@@ -200,7 +200,7 @@ class World:
     def _drafted(self, edge: SimEdge, n: int) -> None:
         edge.is_drafting = False
         proposal = edge.engine.propose(n)
-        self._enact(edge, edge.session.drafted(proposal.tokens, proposal.confidence, self.now))
+        self._enact(edge, edge.session.drafted(proposal.tokens, proposal.confidence, self.now, proposal.siblings))
 
     def _dial(self, edge: SimEdge, connect: fx.Connect) -> None:
         self.checks.visits["dial:fresh" if connect.fresh else "dial:again"] += 1
@@ -246,7 +246,7 @@ class World:
         self.checks.sent(edge, message, encoded.ByteSize(), self.now)
         if stream is None or not stream.carries_up:
             return
-        if isinstance(message, Draft) and edge.is_branching and message.parent_hash % 2:
+        if isinstance(message, Draft) and edge.is_branching and not message.parents and message.parent_hash % 2:
             sibling = tuple(token % 998 + 1 for token in message.tokens)
             self.checks.visits["up:sibling"] += 1
             self._fly_up(edge, stream, number, replace(message, tokens=sibling))
@@ -270,10 +270,11 @@ class World:
         if stream is not None and stream.carries_up and not stream.cloud_closed:
             key = f"edge{stream.edge}/{self.edges[stream.edge].request.session_id}"
             session = next((session for session in self.table.sessions if session.key == key), None)
-            pending = session.pending_tokens if session else 0
+            pending, stale = (session.pending_tokens, session.stale_tokens) if session else (0, 0)
             effects = self.table.receive(number, message, self.now)
             if session is not None and isinstance(message, Draft):
                 self.checks.drafted(session, message, session.pending_tokens - pending, self.now)
+                self.checks.visits["sibling:stale"] += bool(message.parents) and session.stale_tokens > stale
             self._cloud_enact(effects)
 
     def _cloud_lost(self, number: int) -> None:
@@ -362,8 +363,10 @@ class World:
             return
         if stream.edge_closed:
             self.checks.visits["fault:late_delivery"] += 1
+        num_hits = edge.session.path.siblings.num_hits
         try:
             self._enact(edge, edge.session.receive(stream.number, message, self.now))
+            self.checks.visits["sibling:hit"] += edge.session.path.siblings.num_hits - num_hits
         except RemoteProtocolError as error:
             self.checks.violated(edge, self.now, f"the verifier broke the protocol: {error}")
             self._enact(edge, edge.session.disconnected(stream.number, self.now))

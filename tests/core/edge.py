@@ -36,12 +36,16 @@ class Ahead:
 
     tokens: int
     wait_ms: float = 0.0
+    price: float = 0.03
 
     def draft_tokens(self, seen: DraftObservation) -> int:
         return max(0, min(self.tokens, seen.max_ahead) - seen.ahead_tokens)
 
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         return self.wait_ms
+
+    def sibling_price(self, seen: DraftObservation) -> float:
+        return self.price
 
 
 def session_of(settings: EdgeSettings = SETTINGS, request: Request = REQUEST, ahead: int = 2) -> EdgeSession:

@@ -87,18 +87,18 @@ def test_tree_is_one_step_and_the_right_branch_is_kept() -> None:
     session.drafted(draft_on(session, 9, after=(8,)), now=0.0)
     rows = planned(session)
     assert rows is not None
-    assert (rows.tokens, rows.parents) == ((3, 5, 8, 6, 9), (-1, 0, 0, 1, 2))
-    stepped = session.stepped((8, 1, 9, 1, 4), 1.0, 8, now=0.0)
-    assert (commit_of(stepped).tokens, commit_of(stepped).num_accepted, stepped.kept_rows) == ((8, 9, 4), 2, (0, 2, 4))
+    assert (rows.tokens, rows.parents) == ((3, 5, 6, 8, 9), (-1, 0, 1, 0, 3))
+    stepped = session.stepped((8, 1, 1, 9, 4), 1.0, 8, now=0.0)
+    assert (commit_of(stepped).tokens, commit_of(stepped).num_accepted, stepped.kept_rows) == ((8, 9, 4), 2, (0, 3, 4))
 
 
 def test_same_token_on_another_branch_is_not_taken_for_a_child() -> None:
     session = session_of()
     session.drafted(draft_on(session, 5, 6), now=0.0)
     session.drafted(draft_on(session, 8), now=0.0)
-    planned(session)  # rows 3, 5, 8, 6: after 8 the target selects 6, which was drafted after 5 only
-    stepped = session.stepped((8, 1, 6, 1), 1.0, 8, now=0.0)
-    assert (commit_of(stepped).tokens, stepped.kept_rows) == ((8, 6), (0, 2))
+    planned(session)  # rows 3, 5, 6, 8: after 8 the target selects 6, which was drafted after 5 only
+    stepped = session.stepped((8, 1, 1, 6), 1.0, 8, now=0.0)
+    assert (commit_of(stepped).tokens, stepped.kept_rows) == ((8, 6), (0, 3))
 
 
 def test_drafts_that_the_step_left_out_stay_pending() -> None:
@@ -124,8 +124,22 @@ def test_grant_takes_the_surest_drafts() -> None:
     session.drafted(draft_on(session, 8), now=0.0)
     rows = planned(session, most=3)
     assert rows is not None
-    assert (rows.tokens, rows.parents) == ((3, 5, 8), (-1, 0, 0))
+    assert (rows.tokens, rows.parents) == ((3, 5, 6), (-1, 0, 1))  # 8 is worth 0.2 * 0.3 at first
     assert commit_of(step(session, 8, 1, 4)).num_drafted == 2
+    assert session.pending_tokens == 0
+
+
+def test_tree_in_one_draft_is_taken_by_the_chances_of_each_rank() -> None:
+    session = session_of()
+    tree = replace(draft_on(session, 5, 6, 8), parents=(-1,))
+    assert session.drafted(tree, now=0.0) == Grafted(3, 0, 0)
+    assert (session.pending_tokens, session.pending_siblings) == (3, 1)
+    rows = planned(session)
+    assert rows is not None
+    assert (rows.tokens, rows.parents) == ((3, 5, 6, 8), (-1, 0, 1, 0))
+    stepped = session.stepped((8, 1, 1, 4), 1.0, 8, now=0.0)
+    assert (commit_of(stepped).tokens, commit_of(stepped).num_accepted, stepped.kept_rows) == ((8, 4), 1, (0, 3))
+    assert session.drafted(tree, now=0.1).stale == 2  # 8 is what was committed
 
 
 def test_grant_of_one_row_leaves_drafts_out() -> None:

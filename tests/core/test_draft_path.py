@@ -110,12 +110,12 @@ def test_commit_equal_to_the_path_changes_nothing_but_what_counts_as_sent() -> N
     path = path_of((1,), (5, 6, 7))
     assert path.lay(1, (5, 6), 0, 0) == (2, [])
     assert path.log.tokens() == (1, 5, 6, 7)
-    assert path.send(99, now=0.0).start == 3
+    assert path.send(0, 99, 2.0, now=0.0).start == 3
 
 
 def test_commit_that_differs_cuts_the_path_and_the_engine() -> None:
     path = path_of((1,), (5, 6, 7))
-    path.send(99, now=0.0)
+    path.send(0, 99, 2.0, now=0.0)
     assert path.lay(1, (5, 9), 0, 0) == (1, [Rollback(2)])
     assert path.log.tokens() == (1, 5, 9)
     assert path.sent_len == 3
@@ -152,16 +152,16 @@ def test_unsent_drafts_are_sent_once_with_their_confidence() -> None:
     path = DraftPath((1, 2))
     path.draft(2, now=0.0)
     path.drafted((5, 6), (0.5, 1.0), NO_STOPS, now=0.0)
-    assert path.send(99, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), bytes((128, 255)))
+    assert path.send(0, 99, 2.0, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), bytes((128, 255)))
     path.draft(1, now=0.0)
     path.drafted((7,), (0.0,), NO_STOPS, now=0.0)
-    assert path.send(99, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), bytes((0,)))
+    assert path.send(0, 99, 2.0, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), bytes((0,)))
 
 
 def test_only_what_the_verifier_will_hold_is_sent() -> None:
     path = path_of((1, 2), (5, 6, 7))
-    assert path.send(4, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), b"\xff\xff")
-    assert path.send(9, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), b"\xff")
+    assert path.send(0, 4, 2.0, now=0.0) == DraftMessage(2, path.log.hash_at(2), (5, 6), b"\xff\xff")
+    assert path.send(0, 9, 2.0, now=0.0) == DraftMessage(4, path.log.hash_at(4), (7,), b"\xff")
 
 
 def test_confidence_stays_with_its_token_after_a_cut_and_a_commit() -> None:
@@ -169,7 +169,7 @@ def test_confidence_stays_with_its_token_after_a_cut_and_a_commit() -> None:
     path.lay(1, (5, 9, 8), 0, 0)
     path.draft(1, now=0.0)
     path.drafted((4,), (0.2,), NO_STOPS, now=0.0)
-    assert path.send(99, now=0.0) == DraftMessage(4, path.log.hash_at(4), (4,), bytes((51,)))
+    assert path.send(0, 99, 2.0, now=0.0) == DraftMessage(4, path.log.hash_at(4), (4,), bytes((51,)))
 
 
 def test_drafting_time_is_smoothed_and_a_prompt_does_not_count() -> None:
@@ -189,7 +189,7 @@ def test_drafting_time_is_smoothed_and_a_prompt_does_not_count() -> None:
 def test_policy_sees_what_it_decides_on(held_len: int, unsent: int, awaited: int) -> None:
     path, link = path_of((1,), (2, 5, 6, 7)), Link(LinkSettings())
     path.lay(1, (2,), num_accepted=1, hold_tokens=2)
-    path.send(3, now=0.0)
+    path.send(0, 3, 2.0, now=0.0)
     seen = path.observe(2, held_len, link, max_ahead=9, now=0.25)
     assert seen.acceptance == pytest.approx((0.8 * 4 + 1) / 5)
     assert seen.reach == pytest.approx(((1 + 4 * seen.acceptance) / 5) ** 3)
@@ -221,7 +221,7 @@ def test_path_is_fresh_from_a_cut_until_it_is_sent() -> None:
     path.draft(1, now=0.0)
     path.drafted((4,), (1.0,), NO_STOPS, now=0.0)
     assert path.observe(2, 99, link, 9, now=0.1).is_fresh
-    path.send(99, now=0.1)
+    path.send(0, 99, 2.0, now=0.1)
     assert not path.observe(2, 99, link, 9, now=0.1).is_fresh
 
 
@@ -236,5 +236,5 @@ def test_message_that_a_step_waits_for_sets_the_clock() -> None:
     path, link = path_of((1,), (5, 6, 7)), Link(LinkSettings())
     path.clock.committed(0, 0.0, 30.0, rtt_ms=0.0, now=0.0)
     path.lay(1, (5,), num_accepted=0, hold_tokens=2)
-    path.send(99, now=0.5)
+    path.send(0, 99, 2.0, now=0.5)
     assert path.observe(2, 99, link, 9, now=0.51).until_step_ms == pytest.approx(20.0)

@@ -1,10 +1,11 @@
 import pytest
 
-from shared.core.draft_tree import DraftTree, Grafted, Judged
+from shared.core.draft_tree import DraftTree, Grafted, Judged, chains
 from shared.core.messages import Draft
 from shared.core.tokens import TokenLog, next_hash
 
 AS_SAID = [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]  # by range of confidence: 0 to 31, 32 to 63, ...
+TABLES = (AS_SAID, AS_SAID)
 
 
 def hash_after(log: TokenLog, *tokens: int) -> int:
@@ -25,12 +26,12 @@ def after(log: TokenLog, path: tuple[int, ...], tokens: tuple[int, ...], confide
 
 def pending(tree: DraftTree) -> list[tuple[int, int]]:
     """(position, token), a parent before its children."""
-    nodes, _ = tree.best(10**9, 10**9, AS_SAID)
+    nodes, _ = tree.best(10**9, 10**9, *TABLES)
     return [(node.position, node.token) for node in nodes]
 
 
 def worth(tree: DraftTree) -> list[float]:
-    return tree.best(10**9, 10**9, AS_SAID)[1]
+    return tree.best(10**9, 10**9, *TABLES)[1]
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_commit_along_the_drafts_keeps_what_hangs_below(log: TokenLog, tree: Dra
     log.extend((5, 6))
     assert tree.advance((5, 6)) == Judged(matched=bytes((10, 20)), failed=b"")
     assert pending(tree) == [(4, 7)]
-    ((node,), _) = tree.best(9, 9, AS_SAID)
+    ((node,), _) = tree.best(9, 9, *TABLES)
     assert node.parent is not None
     assert node.parent.parent is None  # what is committed is let go
     assert tree.graft(on_end(log, (7, 8))) == Grafted(1, 0, 0)
@@ -137,11 +138,11 @@ def test_draft_of_pruned_tokens_is_stale(log: TokenLog, tree: DraftTree) -> None
     assert tree.graft(late) == Grafted(0, 1, 0)
 
 
-def test_surest_of_the_siblings_is_the_one_that_failed(log: TokenLog, tree: DraftTree) -> None:
+def test_siblings_that_all_failed_are_judged_apart_from_the_first_child(log: TokenLog, tree: DraftTree) -> None:
     for token, confidence in ((5, 40), (6, 90), (7, 60)):
         tree.graft(on_end(log, (token,), bytes((confidence,))))
     log.extend((8,))
-    assert tree.advance((8,)) == Judged(b"", bytes((90,)))
+    assert tree.advance((8,)) == Judged(b"", bytes((40,)), b"", bytes((90, 60)))
 
 
 def test_nothing_pending_nothing_judged(log: TokenLog, tree: DraftTree) -> None:
@@ -153,11 +154,65 @@ def test_nothing_pending_nothing_judged(log: TokenLog, tree: DraftTree) -> None:
 def test_most_confident_paths_come_first_and_parents_before_children(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6), bytes((204, 255))))
     tree.graft(on_end(log, (9, 8), bytes((230, 51))))
-    assert pending(tree) == [(2, 9), (2, 5), (3, 6), (3, 8)]
-    assert worth(tree) == pytest.approx([1.0, 0.8, 0.8, 0.2])
-    nodes, least = tree.best(2, 10**9, AS_SAID)
-    assert [(node.position, node.token) for node in nodes] == [(2, 9), (2, 5)]
-    assert least == pytest.approx([1.0, 0.8])
+    assert pending(tree) == [(2, 5), (3, 6), (2, 9), (3, 8)]
+    assert worth(tree) == pytest.approx([0.8, 0.8, 0.2, 0.04])  # 9 has what 5 leaves over
+    nodes, least = tree.best(2, 10**9, *TABLES)
+    assert [(node.position, node.token) for node in nodes] == [(2, 5), (3, 6)]
+    assert least == pytest.approx([0.8, 0.8])
+
+
+def test_siblings_have_chances_of_their_own(log: TokenLog, tree: DraftTree) -> None:
+    for token, confidence in ((5, 204), (9, 204), (8, 51)):
+        tree.graft(on_end(log, (token,), bytes((confidence,))))
+    nodes, chances = tree.best(9, 9, AS_SAID, [0.5] * 8)
+    assert [node.token for node in nodes] == [5, 9, 8]
+    assert chances == pytest.approx([0.8, 0.1, 0.05])
+
+
+def test_commit_behind_a_sibling_judges_each_by_its_rank(log: TokenLog, tree: DraftTree) -> None:
+    for path in ((5, 6), (8,), (9, 4)):
+        tree.graft(on_end(log, path, bytes((100 * path[0] // 5,) + (7,) * (len(path) - 1))))
+    log.extend((9, 4))
+    assert tree.advance((9, 4)) == Judged(matched=bytes((7,)), failed=bytes((100,)), sibling_matched=bytes((180,)),
+                                          sibling_failed=bytes((160,)))  # fmt: skip
+
+
+def test_siblings_behind_the_right_one_are_not_judged(log: TokenLog, tree: DraftTree) -> None:
+    for token in (5, 6):
+        tree.graft(on_end(log, (token,), bytes((token,))))
+    log.extend((5,))
+    assert tree.advance((5,)) == Judged(bytes((5,)), b"")
+
+
+def test_own_path_goes_along_first_children(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6)))
+    assert tree.path_len == 2
+    for path in ((9, 4), (5, 8)):
+        tree.graft(on_end(log, path))
+    assert tree.path_len == 2
+    log.extend((9,))
+    tree.advance((9,))
+    assert tree.path_len == 1
+
+
+def test_tree_in_one_draft_is_a_chain_and_its_branches(log: TokenLog) -> None:
+    prefix_hash = log.hash_at(2)
+    draft = Draft(2, prefix_hash, (5, 6, 8, 9, 7), bytes((1, 2, 3, 4, 5)), parents=(-1, 0, 3))
+    assert chains(draft) == [
+        Draft(2, prefix_hash, (5, 6), bytes((1, 2))),
+        Draft(2, prefix_hash, (8,), bytes((3,))),
+        Draft(3, hash_after(log, 5), (9,), bytes((4,))),
+        Draft(4, hash_after(log, 5, 9), (7,), bytes((5,))),
+    ]
+    assert chains(Draft(2, prefix_hash, (5, 6), parents=(-1, 0))) == [
+        Draft(2, prefix_hash, (5,)), Draft(3, hash_after(log, 5), (6,))]  # fmt: skip
+    chain = Draft(2, prefix_hash, (5, 6))
+    assert chains(chain) == [chain]
+
+
+def test_what_became_of_a_tree_is_what_became_of_its_chains() -> None:
+    assert Grafted(1, 2, 3, differs=True) + Grafted(4, 5, 6) == Grafted(5, 7, 9, differs=True)
+    assert Grafted(1, 2, 3) + Grafted(4, 5, 6, differs=True) == Grafted(5, 7, 9)
 
 
 def test_equally_likely_drafts_go_by_age(log: TokenLog, tree: DraftTree) -> None:
@@ -169,11 +224,11 @@ def test_equally_likely_drafts_go_by_age(log: TokenLog, tree: DraftTree) -> None
 def test_no_node_behind_the_last_position_is_taken(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6, 7)))
     tree.graft(on_end(log, (9, 8)))
-    nodes, _ = tree.best(9, 3, AS_SAID)
-    assert [(node.position, node.token) for node in nodes] == [(2, 5), (2, 9), (3, 6), (3, 8)]
-    assert tree.best(9, 2, AS_SAID)[1] == [1.0, 1.0]
-    assert tree.best(9, 1, AS_SAID) == ([], [])
-    assert tree.best(0, 9, AS_SAID) == ([], [])
+    nodes, _ = tree.best(9, 3, *TABLES)
+    assert [(node.position, node.token) for node in nodes] == [(2, 5), (3, 6), (2, 9), (3, 8)]
+    assert tree.best(9, 2, *TABLES)[1] == [1.0, 0.0]
+    assert tree.best(9, 1, *TABLES) == ([], [])
+    assert tree.best(0, 9, *TABLES) == ([], [])
 
 
 def test_worth_never_rises_whatever_the_table_says(log: TokenLog, tree: DraftTree) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
 from shared.core.noise import gumbel
-from shared.core.selection import Ids, Logits, filtered_distribution, probability, select
+from shared.core.selection import Ids, Logits, candidates, confidences, filtered_distribution, select
 
 
 def naive_distribution(logits: Logits, sampling: Sampling, context: Sequence[int], prompt_len: int) -> dict[int, float]:
@@ -38,6 +38,14 @@ def naive_distribution(logits: Logits, sampling: Sampling, context: Sequence[int
     kept = {token: weights[token] for token in nucleus if weights[token] >= sampling.min_p * (1 - 1e-12)}
     kept_total = math.fsum(kept.values())
     return {token: weight / kept_total for token, weight in sorted(kept.items())}
+
+
+def naive_score(logits: Logits, sampling: Sampling, token: int, context: Sequence[int]) -> float:
+    """A logit after the penalties, of a text with a prompt of two tokens."""
+    score, count = float(logits[token]), list(context[2:]).count(token)
+    if token in context:
+        score = score / sampling.repetition_penalty if score > 0 else score * sampling.repetition_penalty
+    return score - sampling.frequency_penalty * count - sampling.presence_penalty * (count > 0)
 
 
 def rounding_decides(logits: Logits, sampling: Sampling, context: Sequence[int], prompt_len: int) -> bool:
@@ -147,7 +155,7 @@ def test_logits_that_are_not_numbers_are_refused(bad: list[float], temperature: 
     with pytest.raises(LocalProtocolError, match="cannot be selected from"):
         filtered_distribution(logits, Sampling(temperature=temperature))
     with pytest.raises(LocalProtocolError, match="cannot be selected from"):
-        probability(logits, 0)
+        confidences(logits, [0])
 
 
 class TestPenalties:
@@ -241,10 +249,62 @@ def test_other_positions_and_other_seeds_select_independently(other: tuple[int, 
     assert abs(agreed - by_chance) < 4 * math.sqrt(by_chance * (1 - by_chance) / n)
 
 
+@given(st.lists(logit_values, min_size=2, max_size=40), samplings, st.integers(1, 9), st.data())
+def test_candidates_are_the_best_sums_of_log_probability_and_noise(
+    values: list[float], sampling: Sampling, count: int, data: st.DataObject
+) -> None:
+    logits = np.array([*values, 1.0], dtype=np.float32)
+    context = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=12))
+    ids = candidates(logits, sampling, 5, count, context, 2)
+    assert ids[0] == select(logits, sampling, 5, context, 2)
+    if sampling.temperature == 0:
+        penalised = {token: naive_score(logits, sampling, token, context) for token in range(len(logits))}
+        ranked = sorted(
+            (one for one in penalised if penalised[one] > -math.inf), key=lambda one: (-penalised[one], one)
+        )
+        assert [penalised[one] for one in ids] == pytest.approx([penalised[one] for one in ranked[:count]])
+        return
+    survivors, scores = filtered_distribution(logits, sampling, context, 2)
+    sums = dict(zip(survivors.tolist(), (scores + gumbel(sampling.seed, 5, survivors)).tolist(), strict=True))
+    expected = sorted(sums, key=lambda one: (-sums[one], one))[:count]
+    assert [sums[one] for one in ids.tolist()] == pytest.approx([sums[one] for one in expected])
+    assert len(set(ids.tolist())) == len(expected)
+
+
+def test_candidates_of_a_whole_vocabulary() -> None:
+    logits = np.random.default_rng(3).normal(size=20_000).astype(np.float32)
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=5)):
+        sums = logits.astype(np.float64)
+        if sampling.temperature:
+            sums = sums + gumbel(sampling.seed, 9, np.arange(len(logits)))
+        assert candidates(logits, sampling, 9, 4).tolist() == np.argsort(-sums)[:4].tolist()
+
+
+def test_candidates_are_drawn_without_replacement() -> None:
+    """The second candidate has the law of the first, given that it is another: chi-square over many positions."""
+    logits, n = toy_logits(6), 6000
+    law = np.exp(filtered_distribution(logits, Sampling(temperature=1.0))[1])
+    pairs = [tuple(candidates(logits, Sampling(temperature=1.0, seed=8), position, 2)) for position in range(n)]
+    chi_square = 0.0
+    for first in range(6):
+        for second in range(6):
+            expected = n * law[first] * law[second] / (1 - law[first]) if first != second else 0.0
+            seen = pairs.count((first, second))
+            assert expected or not seen
+            chi_square += (seen - expected) ** 2 / expected if expected else 0.0
+    assert chi_square < 58.3  # 29 degrees of freedom, one run in a thousand
+
+
+def test_confidence_of_a_sibling_is_given_that_those_before_it_are_wrong() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.2, 0.05], dtype=np.float32))
+    assert confidences(logits, [0, 1, 2, 3]) == pytest.approx([0.5, 0.5, 0.8, 1.0], rel=1e-5)
+    assert confidences(logits, [2, 0]) == pytest.approx([0.2, 0.625], rel=1e-5)
+
+
 def test_probability_is_the_plain_softmax() -> None:
     logits = toy_logits(9)
     weights = np.exp(logits.astype(np.float64))
     for token in range(len(logits)):
-        assert probability(logits, token) == pytest.approx(weights[token] / weights.sum(), rel=1e-5)
+        assert confidences(logits, [token])[0] == pytest.approx(weights[token] / weights.sum(), rel=1e-5)
     logits[4] = -np.inf
-    assert probability(logits, 4) == 0
+    assert confidences(logits, [4]) == [0]

@@ -12,7 +12,7 @@ from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
-from shared.core.selection import probability, select
+from shared.core.selection import confidences, select
 from shared.engine import DraftEngine, EngineError
 from shared.runtimes import llama_cpp as runtime
 from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
@@ -191,7 +191,7 @@ class TestDraft:
             context.remove(0, 0)
             logits = context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), [len(tokens) - 1])[0]
             assert token == select(logits, sampling, len(tokens), tokens, len(prompt))
-            assert confidence == pytest.approx(probability(logits, token), abs=0.03)
+            assert confidence == pytest.approx(confidences(logits, [token])[0], abs=0.03)
             tokens.append(token)
         context.close()
 

@@ -19,7 +19,7 @@ from edge_agent.engines.onnx_folder import OnnxFolder
 from edge_agent.engines.selftest import check_draft
 from edge_agent.prepare import Prepared
 from shared.core.messages import Sampling
-from shared.core.selection import probability, select
+from shared.core.selection import confidences, select
 from shared.engine import EngineError
 from shared.runtimes.llama_cpp import LlamaModel
 from tests.models.tiny import SIZE, TEXT
@@ -65,7 +65,7 @@ class TestDraft:
             with torch.inference_mode():
                 logits = tiny[2](torch.tensor([tokens])).logits[0, -1, :SIZE].numpy().astype(np.float32)
             assert token == select(logits, sampling, len(tokens), tokens, 20)
-            assert confidence == pytest.approx(probability(logits, token), abs=1e-3)
+            assert confidence == pytest.approx(confidences(logits, [token])[0], abs=1e-3)
             tokens.append(token)
 
     @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])

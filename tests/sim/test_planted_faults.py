@@ -145,6 +145,16 @@ def wait_for_commits_for_ever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(edge_session.EdgeSession, "tick", fault)
 
 
+def hang_siblings_one_token_later(patch: pytest.MonkeyPatch) -> None:
+    send = draft_path.DraftPath.send
+
+    def fault(self: draft_path.DraftPath, settled_len: int, held_len: int, price: float, now: float) -> Draft:
+        draft = send(self, settled_len, held_len, price, now)
+        return replace(draft, parents=tuple([parent + 1 for parent in draft.parents]))
+
+    patch.setattr(draft_path.DraftPath, "send", fault)
+
+
 PLANTS: list[tuple[Plant, int]] = [
     (accept_one_too_many, 5),
     (forget_next_token, 5),
@@ -158,6 +168,7 @@ PLANTS: list[tuple[Plant, int]] = [
     (verify_without_bound, 20),
     (keep_the_first_rows, 40),
     (wait_for_commits_for_ever, 500),
+    (hang_siblings_one_token_later, 20),
 ]
 
 

@@ -31,6 +31,9 @@ class FixedDrafts:
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         return 0.0 if seen.unsent_tokens >= self.setting.chunk or not is_drafting else inf
 
+    def sibling_price(self, seen: DraftObservation) -> float:
+        return inf
+
 
 class FixedSteps:
     """The verifier's half; its patience begins with its last step."""

@@ -97,7 +97,9 @@ def opens(draw: st.DrawFn) -> Open:
 def drafts(draw: st.DrawFn) -> Draft:
     tokens = draw(st.lists(INT, min_size=1, max_size=20))
     confidence = draw(st.just(b"") | st.binary(min_size=len(tokens), max_size=len(tokens)))
-    return Draft(start=draw(INT), parent_hash=draw(HASH), tokens=tuple(tokens), confidence=confidence)
+    split = draw(st.integers(0, len(tokens)))
+    parents = tuple(draw(st.integers(-1, index - 1)) for index in range(split, len(tokens)))
+    return Draft(draw(INT), draw(HASH), tuple(tokens), confidence, parents)
 
 
 @st.composite
@@ -293,6 +295,9 @@ TOO_LONG = wire.MAX_SESSION_TOKENS + 1
         (pb.Draft(tokens=[2**32 - 1]), "token id"),
         (pb.Draft(tokens=[1, 2], confidence=b"\x00"), "1 bytes for 2 tokens"),
         (pb.Draft(tokens=[1], start=2**31), "start"),
+        (pb.Draft(tokens=[1], parents=[0, 1]), "2 parents for 1 tokens"),
+        (pb.Draft(tokens=[1, 2, 3], parents=[0, 3]), "does not come before its child"),
+        (pb.Draft(tokens=[1, 2], parents=[1, 0]), "does not come before its child"),
         (pb.Draft(tokens=[1], parent_hash=2**61 - 1), "parent_hash"),
         (pb.Heartbeat(draft_ms=math.nan), "draft_ms"),
         (pb.Heartbeat(draft_ms=math.inf), "draft_ms"),
@@ -370,3 +375,15 @@ def test_steady_state_messages_stay_within_16_bytes_a_token(num_tokens: int) -> 
 
 def test_a_commit_of_one_token_of_cloud_only_streaming_fits_the_budget_alone() -> None:
     assert _size(Commit(300, (40_000,), queue_ms=3, verify_ms=70, max_ahead=32)) <= 16
+
+
+def test_sibling_costs_six_bytes_at_most_and_a_chain_none_for_its_parents() -> None:
+    chain = Draft(start=300, parent_hash=2**61 - 2, tokens=(40_000,) * 4, confidence=b"\xff" * 4)
+    tree = Draft(300, 2**61 - 2, (40_000,) * 6, b"\xff" * 6, parents=(-1, 2))
+    assert b"\x2a" not in wire.edge_to_wire(chain).SerializeToString()  # the tag of the parents
+    assert _size(tree) - _size(chain) <= 2 * 6
+
+
+def test_draft_of_an_edge_that_knows_no_parents_is_a_chain() -> None:
+    message = pb.EdgeMessage(draft=pb.Draft(start=3, parent_hash=9, tokens=[5, 6]))
+    assert wire.edge_from_wire(message) == Draft(3, 9, (5, 6))
