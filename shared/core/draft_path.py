@@ -88,6 +88,7 @@ class DraftPath:
             interval_ms=self.clock.interval_at(now),
             since_sent_ms=self.clock.since_ms(1, now),
             since_burst_ms=self.clock.since_ms(BURST_MESSAGES, now),
+            credit=self.clock.credit,
         )
 
     def draft(self, n: int, now: float) -> Draft:

@@ -22,7 +22,7 @@ class DraftObservation:
     The own path goes on behind `settled_tokens` by `ahead_tokens`; `unsent_tokens` of it are not sent, and for
     `awaited_tokens` of those the verifier holds its next step. It takes `max_ahead` of them in. `is_fresh`: nothing was
     sent since the path was last cut. `since_sent_ms` is the time since the last message with drafts, `since_burst_ms`
-    since the one `BURST_MESSAGES` - 1 before it.
+    since the one `BURST_MESSAGES` - 1 before it; commits have paid for `credit` further ones.
     """
 
     acceptance: float
@@ -42,6 +42,7 @@ class DraftObservation:
     interval_ms: float
     since_sent_ms: float
     since_burst_ms: float
+    credit: float
 
 
 class DraftPolicy(Protocol):

@@ -12,8 +12,11 @@ from collections import deque
 from dataclasses import dataclass
 from math import inf
 
+from shared.core.policies import BURST_MESSAGES
+
 _REMEMBERED = 24  # messages
 _MOST_STEPS = 32  # that are played through
+_LEAST_INTERVAL_MS = 15.0  # between commits that pay for a message each: a token or two are not worth one
 _GAIN = 1 / 4
 
 
@@ -32,11 +35,12 @@ class NextStep:
 class StepClock:
     """What was sent when, and how long steps take."""
 
-    __slots__ = ("_began", "_committed_at", "_is_awaited", "_sent", "_step_ms", "error_ms", "interval_ms")
+    __slots__ = ("_began", "_committed_at", "_is_awaited", "_sent", "_step_ms", "credit", "error_ms", "interval_ms")
 
     def __init__(self) -> None:
         self.error_ms = 0.0  # of the expected durations, smoothed
         self.interval_ms = 0.0  # from commit to commit, smoothed
+        self.credit = float(BURST_MESSAGES)  # messages that commits have paid for; no more than these are saved up
         self._began = self._committed_at = 0.0
         self._is_awaited = False  # the step that goes on had waited for our message
         self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
@@ -48,14 +52,17 @@ class StepClock:
         error_ms = abs(step_ms - self._step_ms.get(num_drafted, step_ms))
         self.error_ms += _GAIN * (error_ms - self.error_ms)
         self._step_ms[num_drafted] = step_ms
+        since_ms = (now - self._committed_at) * 1000
+        self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, 1.0), BURST_MESSAGES)
         began = now - rtt_ms / 1000
         if self._committed_at:
-            self.interval_ms += _GAIN * ((now - self._committed_at) * 1000 - self.interval_ms)
+            self.interval_ms += _GAIN * (since_ms - self.interval_ms)
         self._began, self._committed_at, self._is_awaited = began, now, False
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
         self._sent.append((now, length))
+        self.credit = max(self.credit - 1.0, 0.0)
         if is_awaited:
             self._began, self._is_awaited = now, True
 

@@ -30,6 +30,8 @@ _SAFETY_MS = 1.0  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
 _GRAIN_MS = 0.5  # timers fire a little early or late
 _LEAST_SHARE = 0.6  # of the time between two commits: forecasts fail where the verifier or the link is uneven
+_INTERVAL_MS = 42.0  # 24 messages a second leave room for heartbeats below 30
+_SPARED = 1.0  # the answer to a rejection, or to a hold, must not wait for its credit
 _SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 
 
@@ -37,11 +39,12 @@ _SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 class RunAhead:
     """Draft on while the verifier works; send just in time for its next step.
 
-    Messages are `message_interval_ms` apart on average, over a few of them: a rejection can be answered at once.
+    There is one message a step at most, or one every `_INTERVAL_MS` where steps take longer; and they are no less than
+    `message_interval_ms` apart. Both on average, over a few of them: a rejection can be answered at once.
     """
 
     max_ahead_tokens: int = 48
-    message_interval_ms: float = 42.0
+    message_interval_ms: float = 0.0
     draft_duty: float = 1.0
 
     def draft_tokens(self, seen: DraftObservation) -> int:
@@ -62,8 +65,9 @@ class RunAhead:
 
         Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so there is one a step at most.
         """
-        pause_ms = max(0.0, self.message_interval_ms * BURST_MESSAGES - seen.since_burst_ms)
-        if not seen.is_fresh and not seen.awaited_tokens:
+        is_urgent = seen.is_fresh or seen.awaited_tokens > 0
+        pause_ms = self._pause_ms(seen, is_urgent)
+        if not is_urgent:
             pause_ms = max(pause_ms, _LEAST_SHARE * seen.interval_ms - seen.since_sent_ms)
         if seen.awaited_tokens:
             return math.inf if seen.unsent_tokens < seen.awaited_tokens and is_drafting else pause_ms
@@ -77,6 +81,12 @@ class RunAhead:
     def sibling_price(self, seen: DraftObservation) -> float:
         """See `branching`."""
         return branching.sibling_price(self.draft_duty)
+
+    def _pause_ms(self, seen: DraftObservation, is_urgent: bool) -> float:
+        """Until a message keeps to the budget."""
+        is_paid = seen.credit >= (1.0 if is_urgent else 1.0 + _SPARED)
+        interval_ms = max(self.message_interval_ms, 0.0 if is_paid else _INTERVAL_MS)
+        return max(0.0, interval_ms * BURST_MESSAGES - seen.since_burst_ms)
 
     def _worthwhile(self, seen: DraftObservation, least_worth: float) -> int:
         """How many more tokens are likely enough to be right."""

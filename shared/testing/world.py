@@ -364,6 +364,7 @@ class World:
         if stream.edge_closed:
             self.checks.visits["fault:late_delivery"] += 1
         num_hits = edge.session.path.siblings.num_hits
+        edge.commits += isinstance(message, Commit)
         try:
             self._enact(edge, edge.session.receive(stream.number, message, self.now))
             self.checks.visits["sibling:hit"] += edge.session.path.siblings.num_hits - num_hits

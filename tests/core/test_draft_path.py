@@ -212,6 +212,7 @@ def test_policy_sees_what_it_decides_on(held_len: int, unsent: int, awaited: int
         interval_ms=0.0,
         since_sent_ms=250.0,
         since_burst_ms=inf,
+        credit=5.0,
     )
 
 

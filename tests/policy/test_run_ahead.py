@@ -24,6 +24,7 @@ SEEN = DraftObservation(
     interval_ms=30.0,
     since_sent_ms=1_000.0,
     since_burst_ms=9_000.0,
+    credit=0.0,
 )
 
 
@@ -97,19 +98,30 @@ def test_step_that_has_enough_needs_no_message() -> None:
     assert RunAhead().send_in_ms(replace(SEEN, spare_tokens=16), is_drafting=True) == math.inf
 
 
-@pytest.mark.parametrize(
-    ("changes", "wait_ms"),
-    [
-        ({}, 52.0),
-        ({"is_fresh": True}, 52.0),
-        ({"awaited_tokens": 2, "unsent_tokens": 2}, 52.0),
-        ({"since_burst_ms": 42.0 * BURST_MESSAGES}, 0.0),
-    ],
-)
-def test_messages_keep_their_distance_on_average(changes: dict[str, float], wait_ms: float) -> None:
-    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=42.0 * BURST_MESSAGES - 52.0)
-    assert RunAhead().send_in_ms(replace(seen, **changes), is_drafting=True) == wait_ms  # type: ignore[arg-type]  # by name
-    assert RunAhead(message_interval_ms=0.0).send_in_ms(replace(seen, **changes), True) == 0.0  # type: ignore[arg-type]
+URGENT = [{"is_fresh": True}, {"awaited_tokens": 1}]
+
+
+@pytest.mark.parametrize("changes", [{}, *URGENT])
+def test_messages_keep_their_distance_on_average_where_no_commits_pay_for_them(changes: dict[str, float]) -> None:
+    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, **changes)  # type: ignore[arg-type]  # by name
+    for since_burst_ms, wait_ms in ((42.0 * BURST_MESSAGES - 52.0, 52.0), (42.0 * BURST_MESSAGES, 0.0)):
+        assert RunAhead().send_in_ms(replace(seen, since_burst_ms=since_burst_ms), is_drafting=True) == wait_ms
+
+
+@pytest.mark.parametrize(("credit", "is_sent", "is_urgent_sent"), [(0.9, 0, 0), (1.0, 0, 1), (1.9, 0, 1), (2.0, 1, 1)])
+def test_commits_pay_for_messages_and_the_last_credit_is_kept_for_an_answer(
+    credit: float, is_sent: int, is_urgent_sent: int
+) -> None:
+    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=200.0, credit=credit)
+    assert (RunAhead().send_in_ms(seen, is_drafting=True) == 0.0) == is_sent
+    for changes in URGENT:
+        urgent = replace(seen, **changes)  # type: ignore[arg-type]  # by name
+        assert (RunAhead().send_in_ms(urgent, is_drafting=True) == 0.0) == is_urgent_sent
+
+
+def test_no_commit_pays_for_messages_that_the_settings_forbid() -> None:
+    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=500.0, credit=6.0)
+    assert RunAhead(message_interval_ms=100.0).send_in_ms(seen, is_drafting=True) == pytest.approx(100.0)
 
 
 def test_messages_do_not_outrun_the_commits_whatever_is_forecast() -> None:

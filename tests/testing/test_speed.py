@@ -144,13 +144,13 @@ def test_grid_covers_what_is_promised() -> None:
     ids=str,
 )
 def test_controllers_are_near_the_limit_and_never_below_cloud_only(cell: Cell) -> None:
-    compared = compare(cell, seed=1, policy=RunAhead(message_interval_ms=0.0))
+    compared = compare(cell, seed=1)
     assert compared.vs_best_fixed < 1.07
     assert compared.vs_cloud_only > 0.97
 
 
-def test_controllers_without_a_pace_are_near_the_limit_where_drafts_are_good() -> None:
-    compared = compare(Cell("flat", 5.0, 20.0, inf, 0.97), seed=1, policy=RunAhead(message_interval_ms=0.0))
+def test_controllers_are_near_the_limit_where_drafts_are_good() -> None:
+    compared = compare(Cell("flat", 5.0, 20.0, inf, 0.97), seed=1)
     assert compared.vs_best_fixed < 1.07
 
 
