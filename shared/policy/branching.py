@@ -11,8 +11,9 @@ alike, as many as pay.
 So there is no flag. A good draft sends a chain, and a sibling where it is in doubt, for one is seldom right where its
 first choice nearly always is. A weak draft sends a tree. Where the verifier's rows are all worth more, siblings cease.
 
-Deeper branches are not drafted: by the measured ranks of weak drafts (top 1 / 2 / 4: 0.44 / 0.61 / 0.73) eight rows
-commit 1.79 tokens as a chain, 2.12 as a chain with siblings and 2.15 as the best tree, which needs more forwards.
+Deeper branches are not drafted. On a draft that is right 45 times in 100 (SmolLM2 without three layers, temperature 1)
+four, eight and sixteen rows committed 1.75 tokens as the best chain, 1.92, 2.18 and 2.34 as a chain with siblings, and
+1.96, 2.29 and 2.29 as the best tree that can be grown, which takes 1.4 to 2.7 times the forwards on the edge.
 """
 
 LEAST_WORTH = 0.03  # DySpec (arXiv 2410.11744) stops growing a tree by such a threshold

@@ -184,6 +184,14 @@ def test_siblings_behind_the_right_one_are_not_judged(log: TokenLog, tree: Draft
     assert tree.advance((5,)) == Judged(bytes((5,)), b"")
 
 
+def test_fork_beyond_what_was_committed_stands(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+    tree.graft(after(log, (5,), (8,)))
+    log.extend((5,))
+    assert tree.advance((5,)) == Judged(bytes((255,)), b"")
+    assert pending(tree) == [(3, 6), (4, 7), (3, 8)]
+
+
 def test_own_path_goes_along_first_children(log: TokenLog, tree: DraftTree) -> None:
     tree.graft(on_end(log, (5, 6)))
     assert tree.path_len == 2

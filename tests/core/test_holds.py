@@ -45,6 +45,15 @@ def test_outlook_is_what_the_edge_told_and_what_was_seen() -> None:
     assert [after.next_ms, after.asked_ms] == pytest.approx([45.0, 40.0])
 
 
+def test_siblings_are_no_part_of_the_path_that_is_to_come() -> None:
+    session = told(session_of())
+    session.drafted(draft_on(session, 5, 6), now=0.1)
+    expected_ms = outlook(session, now=0.1).next_ms
+    session = told(session_of())
+    session.drafted(replace(draft_on(session, 5, 6, 8), parents=(-1,)), now=0.1)
+    assert outlook(session, now=0.1).next_ms == expected_ms
+
+
 def test_decoded_token_is_unknown_until_a_draft_agrees_or_differs() -> None:
     session = told(session_of())
     planned(session)
@@ -170,3 +179,13 @@ def test_edge_is_told_of_no_hold_where_another_session_is_ready() -> None:
     table.plan(0.0)
     commits = [effect.message for effect in table.stepped([(8,), (8,)], 1.0, now=0.1) if isinstance(effect, Send)]
     assert [message.hold_tokens for message in commits if isinstance(message, Commit)] == [0, 0]
+
+
+def test_siblings_that_are_pending_are_not_told_as_drafts_to_come() -> None:
+    table = holding_table()
+    table.plan(0.0)
+    hear(table, 1, now=0.0)
+    (session,) = table.sessions
+    drafts = draft_on(session, 8, 4, 5)  # after the commit of 8, 4 is pending and so is 5 beside it
+    table.receive(1, replace(drafts, parents=(0,)), now=0.0)
+    assert commit_of(table.stepped([(8,)], 1.0, now=0.1)).hold_tokens == 2

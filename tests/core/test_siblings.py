@@ -83,11 +83,12 @@ def test_siblings_that_no_step_has_room_for_cease_but_for_the_best() -> None:
 
 
 def test_sibling_that_was_not_sent_says_nothing_of_their_use() -> None:
-    siblings, price = siblings_of(7, 8), 0.8 * 0.3 - 0.001
-    siblings.judged(7, 99, is_accepted=False)
-    siblings.put(8, [TWO])
+    siblings, price = siblings_of(7, 8, 9), 0.8 * 0.3 - 0.001
+    siblings.judged(7, 30, is_accepted=False)
+    siblings.choose(8, 1.0, [0.2], 0.0, 1)
+    siblings.judged(8, 31, is_accepted=False)
     siblings.calibration = PathSiblings().calibration
-    assert len(siblings.choose(8, 1.0, [0.2], price, 9)) == 1
+    assert len(siblings.choose(9, 1.0, [0.2], price, 9)) == 1
 
 
 def test_path_is_sent_with_its_siblings() -> None:
@@ -125,6 +126,13 @@ def test_commit_along_the_path_keeps_the_siblings_beyond_it() -> None:
     assert path.sent_siblings == 1
     assert path.lay(4, (40, 3), 1, 0) == (0, [Rollback(4)])
     assert path.siblings.num_hits == 1
+
+
+def test_commit_of_a_position_lets_its_siblings_go() -> None:
+    path = path_with_siblings()
+    path.send(2, 99, 0.02, now=0.0)
+    assert path.lay(2, (5,), 1, 0) == (1, [])
+    assert path.sent_siblings == 1
 
 
 def test_right_sibling_that_no_step_took_is_no_hit() -> None:
