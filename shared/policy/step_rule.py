@@ -35,6 +35,7 @@ _Floats = NDArray[np.float64]
 _MOST_DECODES = 16
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
+_MOST_ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class StepRule:
         reach = np.power(acceptance, np.arange(self._until[-1, -1] + 2))
         here_in = self._here_in(0, rtt_ms + draft_ms, draft_ms)
         rate, flow = 1.0 / self._cost[1], 0.0
-        for _ in range(20):
+        for _ in range(_MOST_ROUNDS):
             flow, flow_ms = self._flow(acceptance, draft_ms, rate)
             values = self._values(reach, here_in, here_in[: len(self._drafts)], rate, flow, rtt_ms + draft_ms)
             best = int(values.argmax())
@@ -131,7 +132,7 @@ class StepRule:
         survives = acceptance**outlook.unknown_tokens
         reach *= worth[known - 1] if known else survives
         reach[1 : known + 1] = worth[:known]
-        reach[0] = 1.0 if known else survives
+        reach[0] = 1.0  # part of no plan, but it must not swamp the sums
         return reach
 
     def _here_in(self, pending: int, next_ms: float, draft_ms: float) -> _Floats:

@@ -40,6 +40,7 @@ def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
     assert RunAhead().draft_tokens(replace(fast, until_step_ms=1.2)) == 1
     assert RunAhead().draft_tokens(replace(fast, until_step_ms=0.5)) == 8  # it is over
     assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=2, ahead_tokens=2)) == 3
+    assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=4, ahead_tokens=4)) == 1
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def test_who_has_waited_too_long_is_served_whatever_it_costs() -> None:
     assert BestRate(cost, 64, max_step_ms=200).allot([offer(weight=9.0), offer(waited_ms=200.0)]).rows[1] == 1
 
 
+def test_who_has_waited_too_long_reads_a_prompt_in_turn_and_takes_no_more_rows_than_there_are() -> None:
+    reading = offer(prefill_rows=40, waited_ms=300.0)
+    policy = BestRate(lambda rows: 30.0 + rows, 64, prefill_chunk_tokens=16, max_step_ms=200)
+    assert policy.allot([reading, offer(waited_ms=250.0)]).rows == [16, 1]
+    waiting = [offer(waited_ms=200.0 + index) for index in range(3)]
+    assert BestRate(lambda rows: 30.0 + rows, 2, max_step_ms=200).allot(waiting).rows == [0, 1, 1]
+
+
 def test_good_drafts_get_more_and_nobody_starves() -> None:
     """Three sessions of acceptance 0.9, 0.6 and 0.3 under a step that grows steeply, weighted by smoothed goodput."""
     policy = BestRate(lambda rows: 20.0 + 4.0 * rows, 64)
@@ -115,6 +123,9 @@ def test_session_alone_is_served_as_the_step_rule_says() -> None:
     assert allotment == Allotment([13])
     never = replace(offer(0.1, decodes=Decodes.NEVER), outlook=replace(SOON, acceptance=0.1, next_ms=500.0))
     assert policy.allot([never]) == Allotment([2])
+    dear = BestRate(lambda rows: 10.0 + 15.0 * rows, 64)
+    assert dear.allot([never]) == Allotment([2])
+    assert dear.allot([replace(never, decodes=Decodes.SPARE)]) == Allotment([1])
 
 
 def test_nobody_waits_while_another_session_or_a_prompt_is_ready() -> None:

@@ -62,6 +62,17 @@ def test_drafts_at_hand_are_verified_when_no_more_will_come_for_long() -> None:
     assert STEEP.choose(sure(0.97, 4), stopped).drafts == 4
 
 
+def test_drafts_are_verified_before_a_pause_longer_than_an_answer_takes() -> None:
+    """They are dear here; but verified drafts keep the path, while decoding would fill the pause no sooner."""
+    paused = Outlook(0.97, 5.0, 50.0, 0, next_ms=400.0, asked_ms=0.0, most_drafts=DRAFTS)
+    assert STEEP.choose(sure(0.97, 2), paused).drafts == 2
+
+
+def test_edge_that_must_be_asked_first_is_waited_for_as_long() -> None:
+    soon = replace(AFTER_BREAK, next_ms=1.0, asked_ms=30.0)
+    assert FLAT.choose([], soon, may_decode=False).hold_ms == pytest.approx(30.0)
+
+
 def test_decoded_tokens_that_the_edge_may_not_have_foreseen_make_a_hold_less_likely() -> None:
     soon = replace(AFTER_BREAK, acceptance=0.6, draft_ms=0.05, rtt_ms=20.0, next_ms=2.0, asked_ms=2.0)
     assert FLAT.choose([], soon).drafts > 0
@@ -101,14 +112,25 @@ def test_reachable_rate_is_never_below_cloud_only() -> None:
     assert STEEP._solve(after_break(0.3, 20.0, 150.0)).rate == pytest.approx(1 / 14)
 
 
+def test_reachable_rate_is_climbed_to_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    outlook, costs = after_break(0.9, 5.0, 150.0), CURVES["flat"][: DRAFTS + 2]
+    found = StepRule(costs)._solve(outlook).rate
+    monkeypatch.setattr("shared.policy.step_rule._MOST_ROUNDS", 1)
+    assert 1 / 30 < StepRule(costs)._solve(outlook).rate < 0.98 * found
+
+
 def test_solutions_are_kept_but_not_without_bound() -> None:
     rule = StepRule(CURVES["flat"][:4])
-    for rtt_ms in range(1, 1200):
-        rule._solve(after_break(0.8, 1.0 + rtt_ms / 10, 10.0 + rtt_ms))
-    kept = len(rule._solved)
-    assert 0 < kept <= 512
-    last = after_break(0.8, 1.0 + 1199 / 10, 10.0 + 1199)
-    assert rule._solve(last) is rule._solve(last)
+    situations = [
+        after_break(acceptance / 100, 1.0, float(rtt_ms)) for acceptance in range(10, 90) for rtt_ms in range(1, 9)
+    ]
+    most = 0
+    for outlook in situations:
+        rule._solve(outlook)
+        most = max(most, len(rule._solved))
+    assert most == 512
+    assert len(rule._solved) == len(situations) - most
+    assert rule._solve(situations[-1]) is rule._solve(situations[-1])
 
 
 def test_patience_is_finite() -> None:
