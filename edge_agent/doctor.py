@@ -2,7 +2,7 @@
 
 The checks build on one another; one that cannot be made is left out. Measured are the link (`link_probe`) and short
 answers to a few texts: cloud-only, speculative and local. What is expected at other round trips is the event simulation
-of `shared.policy.forecast`, scaled to the speculative answers that were really given.
+of `shared.policy.limit`, scaled to the speculative answers that were really given.
 """
 
 import os
@@ -26,7 +26,7 @@ from shared.core.errors import RemoteProtocolError
 from shared.core.messages import Want
 from shared.core.settings import Request
 from shared.engine import DraftEngine, EngineError
-from shared.policy.forecast import TAKE_ALL, Measured, paying_rtt_ms, tpot_ms
+from shared.policy.limit import TAKE_ALL, Measured, paying_rtt_ms, tpot_ms
 from shared.runtimes.hub import resolve_model
 from shared.vocabulary import Vocabulary, describe_mismatch
 from shared.wire import Description

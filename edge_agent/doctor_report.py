@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from edge_agent.doctor import Diagnosis, Expected
-from shared.policy.forecast import LONGEST_RTT_MS
+from shared.policy.limit import LONGEST_RTT_MS
 
 
 def show_diagnosis(diagnosis: Diagnosis, as_json: bool) -> None:

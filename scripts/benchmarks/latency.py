@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.link import LinkSpec
 from benchmarks.processes import BenchError, Child, edge, machine, verifier
 from benchmarks.prompts import Prompt, load_prompts
-from shared.policy.forecast import Measured, best_tpot_ms
+from shared.policy.limit import Measured, best_tpot_ms
 from shared.testing.link_proxy import LinkProxy
 
 FEWEST_TOKENS = 16  # of an answer that counts: a shorter one has hardly a time per token

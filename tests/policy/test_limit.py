@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 
-from shared.policy.forecast import LONGEST_RTT_MS, TAKE_ALL, Measured, Rule, best_tpot_ms, paying_rtt_ms, tpot_ms
+from shared.policy.limit import LONGEST_RTT_MS, TAKE_ALL, Measured, Rule, best_tpot_ms, paying_rtt_ms, tpot_ms
 
 
 def linear(step_ms: float) -> Callable[[int], float]:
