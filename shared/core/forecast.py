@@ -7,6 +7,9 @@ events correct that picture:
     a commit broke it    the edge hears of it half a round trip later and drafts on from the commit's end
     a commit overtook it a slow edge has not drafted so far yet: it takes the commit's tokens over, and drafts on
 
+An edge sends about once a step, aimed to land just before one. So a message is due when the last one is as old as they
+usually are; one that is a little late is worth waiting for, as a step without it commits a single token.
+
 Committed tokens that the path is not known to agree with are unknown: the drafts on their way are of use only if all of
 them agree. When a draft shows that one did not, the edge's path broke at the commit of that token.
 Times are seconds on the caller's clock, durations milliseconds.
@@ -14,16 +17,20 @@ Times are seconds on the caller's clock, durations milliseconds.
 
 from bisect import bisect_right
 from collections import deque
+from math import inf
 
 _GAIN = 0.25
 _FADING = 0.98
 _REMEMBERED = 64  # commits; older ones are answered by now
+_LATE = 0.3  # of the usual time between messages: one that is later does not count as due any more
 
 
 class Forecast:
     """Where the path is known to stand, and from when on its next tokens arrive."""
 
-    __slots__ = ("_commits", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms")
+    __slots__ = (
+        "_arrived_at", "_commits", "_every_ms", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms",
+    )  # fmt: skip
 
     def __init__(self, length: int, now: float) -> None:
         self.draft_ms = 0.0  # per token; 0: unknown
@@ -31,6 +38,8 @@ class Forecast:
         self._known_len = length
         self._known_at = now
         self._late_ms = 0.0
+        self._arrived_at = -inf  # the last message with drafts of the path as it stands
+        self._every_ms = 0.0  # from one to the next, smoothed; 0: unknown
         self._step_ms = 0.0  # from commit to commit, the last time
         self._commits: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)  # (end, when)
 
@@ -52,8 +61,10 @@ class Forecast:
         return max(expected_ms, -expected_ms - self._step_ms, 0.0)
 
     def asked_ms(self, now: float) -> float:
-        """Until drafts are here that the last commit asked for."""
-        return (self._commits[-1][1] - now) * 1000 + self.answer_ms if self._commits else 0.0
+        """Until drafts are here that the last commit asked for, or that are due unasked."""
+        asked_ms = (self._commits[-1][1] - now) * 1000 + self.answer_ms if self._commits else 0.0
+        due_ms = (self._arrived_at - now) * 1000 + self._every_ms
+        return min(asked_ms, max(due_ms, 0.0)) if due_ms > -_LATE * self._every_ms else asked_ms
 
     def committed(self, length: int, is_break: bool, now: float) -> None:
         """Tokens up to `length` are committed; `is_break`: pending drafts differed."""
@@ -63,11 +74,17 @@ class Forecast:
         self._late_ms *= _FADING
         answered_at = now + self.answer_ms / 1000
         overtaken = self._known_at + (length - self._known_len) * self.draft_ms / 1000 > answered_at
+        if is_break:
+            self._arrived_at = -inf
         if is_break or overtaken:
             self._known_len, self._known_at = length, answered_at
 
     def arrived(self, length: int, was_awaited: bool, now: float) -> None:
         """A draft up to `length` stands, as far as anything is known of it; a step may have waited for it."""
+        if self._arrived_at > -inf:
+            every_ms = (now - self._arrived_at) * 1000
+            self._every_ms += (every_ms - self._every_ms) * (_GAIN if self._every_ms else 1.0)
+        self._arrived_at = now
         if length < self._known_len:
             return
         if was_awaited:
@@ -82,6 +99,7 @@ class Forecast:
             return  # of a path that was given up before
         index = bisect_right(self._commits, (position, float("inf")))
         if index < len(self._commits):
+            self._arrived_at = -inf
             self._known_len, sent_at = self._commits[index]
             self._known_at = sent_at + self.answer_ms / 1000
 

@@ -16,7 +16,8 @@ from shared.core.policies import BURST_MESSAGES
 
 _REMEMBERED = 24  # messages
 _MOST_STEPS = 32  # that are played through
-_LEAST_INTERVAL_MS = 15.0  # between commits that pay for a message each: a token or two are not worth one
+_LEAST_INTERVAL_MS = 15.0  # between commits that pay for a message: a token or two are not worth one
+_MESSAGES_PER_STEP = 4 / 3  # with just one, each answer to a rejection would leave a step without
 _GAIN = 1 / 4
 
 
@@ -53,7 +54,7 @@ class StepClock:
         self.error_ms += _GAIN * (error_ms - self.error_ms)
         self._step_ms[num_drafted] = step_ms
         since_ms = (now - self._committed_at) * 1000
-        self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, 1.0), BURST_MESSAGES)
+        self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, _MESSAGES_PER_STEP), BURST_MESSAGES)
         began = now - rtt_ms / 1000
         if self._committed_at:
             self.interval_ms += _GAIN * (since_ms - self.interval_ms)

@@ -39,8 +39,8 @@ _SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 class RunAhead:
     """Draft on while the verifier works; send just in time for its next step.
 
-    There is one message a step at most, or one every `_INTERVAL_MS` where steps take longer; and they are no less than
-    `message_interval_ms` apart. Both on average, over a few of them: a rejection can be answered at once.
+    There are four messages to three steps at most, or one every `_INTERVAL_MS` where steps take longer; and they are no
+    less than `message_interval_ms` apart. Both on average, over a few of them: a rejection can be answered at once.
     """
 
     max_ahead_tokens: int = 48
@@ -84,6 +84,8 @@ class RunAhead:
 
     def _pause_ms(self, seen: DraftObservation, is_urgent: bool) -> float:
         """Until a message keeps to the budget."""
+        if not seen.interval_ms:  # the verifier still reads the prompt: nothing is in a hurry
+            return max(0.0, max(_INTERVAL_MS, self.message_interval_ms) - seen.since_sent_ms)
         is_paid = seen.credit >= (1.0 if is_urgent else 1.0 + _SPARED)
         interval_ms = max(self.message_interval_ms, 0.0 if is_paid else _INTERVAL_MS)
         return max(0.0, interval_ms * BURST_MESSAGES - seen.since_burst_ms)

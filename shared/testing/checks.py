@@ -20,7 +20,7 @@ from shared.testing.engines import NoisyModel, ToyDraft, ToyModel, ToyTarget
 from shared.testing.link_model import LinkModel
 
 WINDOW_MESSAGES = 32  # so many are judged together:
-MESSAGES_PER_S = 30  # and one for each commit, and
+MESSAGES_PER_S = 30  # and four for three commits, and
 BURST_MESSAGES = 8  # what was saved up, and one at either end
 LONGEST_HOLD_S = 1.0
 
@@ -156,7 +156,7 @@ class Checks:
         edge.sent_at.append((now, edge.commits))
         if len(edge.sent_at) > WINDOW_MESSAGES:
             since, commits = edge.sent_at.popleft()
-            most = MESSAGES_PER_S * (now - since) + edge.commits - commits + BURST_MESSAGES
+            most = MESSAGES_PER_S * (now - since) + (edge.commits - commits) * 4 / 3 + BURST_MESSAGES
             if most < WINDOW_MESSAGES and isinstance(edge.policy, RunAhead):
                 self.violated(edge, now, f"{WINDOW_MESSAGES} messages, {most:.1f} allowed")
 

@@ -218,8 +218,8 @@ def _check_budget(world: World, edge: SimEdge) -> None:
     for way, spent in (("up", edge.bytes_up), ("down", edge.bytes_down)):
         if spent / tokens > BUDGET_BYTES:
             world.checks.violated(edge, world.now, f"{spent / tokens:.1f} bytes {way} per token")
-    # Or one for each step and heartbeats; the Open and the Close are not steady state.
+    # Or four for three steps and heartbeats; the Open and the Close are not steady state.
     seconds = edge.user.gap_since
-    allowed = max(BUDGET_MESSAGES_PER_S * seconds, edge.commits + seconds * 1000 / HEARTBEAT_MS)
+    allowed = max(BUDGET_MESSAGES_PER_S * seconds, edge.commits * 4 / 3 + seconds * 1000 / HEARTBEAT_MS)
     if edge.messages_up - 2 > allowed:
         world.checks.violated(edge, world.now, f"{edge.messages_up - 2} messages up, {allowed:.0f} allowed")

@@ -37,6 +37,37 @@ def test_nothing_was_asked_for_before_the_first_commit() -> None:
     assert forecast_of().asked_ms(now=1.0) == 0.0
 
 
+def arrived_every_40_ms() -> Forecast:
+    """Messages at 1.00, 1.04 and 1.08 s; the last commit at 1.09 s."""
+    forecast = forecast_of()
+    for count in range(3):
+        forecast.arrived(14 + count, was_awaited=False, now=1.0 + 0.04 * count)
+    forecast.committed(15, is_break=False, now=1.09)
+    return forecast
+
+
+@pytest.mark.parametrize(("now", "asked_ms"), [(1.1, 20.0), (1.12, 0.0), (1.13, 0.0)])
+def test_a_message_is_due_as_long_after_the_last_as_they_usually_come(now: float, asked_ms: float) -> None:
+    assert arrived_every_40_ms().asked_ms(now) == pytest.approx(asked_ms, abs=1e-6)
+
+
+def test_a_message_that_is_late_is_not_waited_for() -> None:
+    forecast = arrived_every_40_ms()
+    forecast.committed(16, is_break=False, now=1.12)
+    assert forecast.asked_ms(now=1.131) == 0.0
+    assert forecast.asked_ms(now=1.133) == pytest.approx(27.0)  # until the commit is answered
+
+
+def test_after_a_break_no_message_is_due_but_the_answer() -> None:
+    forecast = arrived_every_40_ms()
+    forecast.committed(16, is_break=True, now=1.1)
+    assert forecast.asked_ms(now=1.11) == pytest.approx(30.0)
+    forecast = arrived_every_40_ms()
+    forecast.committed(18, is_break=False, now=1.1)
+    forecast.differed(16)
+    assert forecast.asked_ms(now=1.11) == pytest.approx(30.0)
+
+
 def test_commit_that_agrees_leaves_the_path_alone_and_what_it_added_is_unknown() -> None:
     forecast = forecast_of()
     forecast.arrived(14, was_awaited=False, now=1.1)
