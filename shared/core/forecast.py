@@ -64,7 +64,8 @@ class Forecast:
         """Until drafts are here that the last commit asked for, or that are due unasked."""
         asked_ms = (self._commits[-1][1] - now) * 1000 + self.answer_ms if self._commits else 0.0
         due_ms = (self._arrived_at - now) * 1000 + self._every_ms
-        return min(asked_ms, max(due_ms, 0.0)) if due_ms > -_LATE * self._every_ms else asked_ms
+        late_ms = due_ms + _LATE * self._every_ms  # left of the time for which it counts as due
+        return min(asked_ms, due_ms if due_ms > 0.0 else late_ms) if late_ms > 0.0 else asked_ms
 
     def committed(self, length: int, is_break: bool, now: float) -> None:
         """Tokens up to `length` are committed; `is_break`: pending drafts differed."""

@@ -123,9 +123,10 @@ def test_commits_pay_for_messages_and_the_last_credit_is_kept_for_an_answer(
 @pytest.mark.parametrize("interval_ms", [0.0, 100.0])
 def test_before_the_first_commits_messages_keep_their_distance(interval_ms: float) -> None:
     policy = RunAhead(message_interval_ms=interval_ms)
-    seen = replace(SEEN, until_step_ms=0.0, interval_ms=0.0, unsent_tokens=1, credit=6.0, since_sent_ms=30.0)
-    assert policy.send_in_ms(seen, is_drafting=True) == (70.0 if interval_ms else 12.0)
+    seen = replace(SEEN, until_step_ms=0.0, interval_ms=0.0, unsent_tokens=1, credit=6.0, since_sent_ms=12.0)
+    assert policy.send_in_ms(seen, is_drafting=True) == (88.0 if interval_ms else 8.0)
     assert policy.send_in_ms(replace(seen, since_sent_ms=math.inf), is_drafting=True) == 0.0
+    assert policy.send_in_ms(replace(seen, awaited_tokens=1), is_drafting=True) == 0.0
 
 
 def test_no_commit_pays_for_messages_that_the_settings_forbid() -> None:
