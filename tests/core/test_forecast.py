@@ -38,11 +38,11 @@ def test_nothing_was_asked_for_before_the_first_commit() -> None:
 
 
 def arrived_every_40_ms() -> Forecast:
-    """Messages at 1.00, 1.04 and 1.08 s; the last commit at 1.09 s."""
+    """Messages at 1.00, 1.04 and 1.08 s; the last commit at 1.10 s."""
     forecast = forecast_of()
     for count in range(3):
         forecast.arrived(14 + count, was_awaited=False, now=1.0 + 0.04 * count)
-    forecast.committed(15, is_break=False, now=1.09)
+    forecast.committed(15, is_break=False, now=1.1)
     return forecast
 
 
