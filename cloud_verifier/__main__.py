@@ -39,7 +39,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file; what it leaves out has its default.")] = None,
     address: Annotated[str | None, typer.Option(help="host:port to listen on; port 0 takes a free one.")] = None,
     model: Annotated[str | None, typer.Option(help="File, folder, package:NAME or hub name of the target.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 (exact) or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (exact), bfloat16, or stored (llama_cpp).")] = None,
     self_decode: Annotated[str | None, typer.Option(help="Decode without drafts: off, idle or always.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the target; 0 takes all.")] = None,
 ) -> None:
