@@ -31,7 +31,7 @@ _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or tw
 _GRAIN_MS = 0.5  # timers fire a little early or late
 _LEAST_SHARE = 0.6  # of the time between two commits: forecasts fail where the verifier or the link is uneven
 _INTERVAL_MS = 42.0  # 24 messages a second leave room for heartbeats below 30
-_OPENING_MS = 20.0  # between messages while the verifier reads the prompt, which may end any moment
+_OPENING_MS = 20.0  # between the first messages: the verifier has read a short prompt any moment
 _SPARED = 1.0  # the answer to a rejection, or to a hold, must not wait for its credit
 _SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 
@@ -86,7 +86,8 @@ class RunAhead:
     def _pause_ms(self, seen: DraftObservation, is_urgent: bool) -> float:
         """Until a message keeps to the budget."""
         if not seen.interval_ms and not is_urgent:  # the verifier still reads the prompt
-            return max(0.0, max(_OPENING_MS, self.message_interval_ms) - seen.since_sent_ms)
+            interval_ms = _OPENING_MS if seen.credit > BURST_MESSAGES / 2 else _INTERVAL_MS
+            return max(0.0, max(interval_ms, self.message_interval_ms) - seen.since_sent_ms)
         is_paid = seen.credit >= (1.0 if is_urgent else 1.0 + _SPARED)
         interval_ms = max(self.message_interval_ms, 0.0 if is_paid else _INTERVAL_MS)
         return max(0.0, interval_ms * BURST_MESSAGES - seen.since_burst_ms)

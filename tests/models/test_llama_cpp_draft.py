@@ -12,7 +12,7 @@ from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
-from shared.core.selection import confidences, select
+from shared.core.selection import candidates, confidences, select
 from shared.engine import DraftEngine, EngineError
 from shared.runtimes import llama_cpp as runtime
 from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
@@ -324,10 +324,10 @@ class TestSelfTest:
         """Noise of the wrong position: the text stays plausible, only acceptance would suffer."""
         calls = iter(range(10**6))
 
-        def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: object) -> int:
-            return select(logits, sampling, position + next(calls), *rest)  # type: ignore[arg-type]  # passed through
+        def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: object) -> np.ndarray:
+            return candidates(logits, sampling, position + next(calls), *rest)  # type: ignore[arg-type]  # passed through
 
-        monkeypatch.setattr("edge_agent.engines.cached_draft.select", drifting)
+        monkeypatch.setattr("edge_agent.engines.cached_draft.candidates", drifting)
         with pytest.raises(EngineError, match="self-test"):
             check_draft(engine)
 

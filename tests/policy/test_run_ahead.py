@@ -125,6 +125,7 @@ def test_before_the_first_commits_messages_keep_their_distance(interval_ms: floa
     policy = RunAhead(message_interval_ms=interval_ms)
     seen = replace(SEEN, until_step_ms=0.0, interval_ms=0.0, unsent_tokens=1, credit=6.0, since_sent_ms=12.0)
     assert policy.send_in_ms(seen, is_drafting=True) == (88.0 if interval_ms else 8.0)
+    assert policy.send_in_ms(replace(seen, credit=3.0), is_drafting=True) == (88.0 if interval_ms else 30.0)
     assert policy.send_in_ms(replace(seen, since_sent_ms=math.inf), is_drafting=True) == 0.0
     assert policy.send_in_ms(replace(seen, awaited_tokens=1), is_drafting=True) == 0.0
 

@@ -15,6 +15,7 @@ SEEDS = {
     123: "like 57",
     128: "an idle timeout was due for the verifier's timer but, by rounding, not for its tick",
     163: "a repeated NeedTokens opened the session once more",
+    230: "fifty draft messages a second went out while the verifier read a long prompt",
     511: "like 69",
     641: "drafts went out in too many messages for the byte budget",
 }
