@@ -40,6 +40,12 @@ def test_time_per_token_over_the_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
+def test_of_several_drafts_the_one_on_most_links_is_shown_or_the_fastest() -> None:
+    slow, fast = ({**case(50.0), "draft": name, "outrider_tpot_ms": tpot} for name, tpot in (("a", 30.0), ("b", 20.0)))
+    assert plots.best_draft([slow, fast]) == "b"
+    assert plots.best_draft([slow, fast, {**slow, "rtt_ms": 150.0}]) == "a"
+
+
 def test_a_timeline_of_an_answer(tmp_path: Path) -> None:
     commit = {"event": "commit", "start": 3, "tokens": 2, "queue_ms": 0, "verify_ms": 30}
     notes = [
