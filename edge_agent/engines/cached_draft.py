@@ -127,8 +127,7 @@ class CachedDraft(ABC):
             self._tokens.append(drafted[-1].token)
             if drafted[-1].token != guessed:
                 break
-        if not self._cut(len(self._tokens) - 1):
-            raise EngineError(f"model {self._name} cannot roll back (recurrent state); use another draft model")
+        self.rollback(len(self._tokens))  # in the cache, too
         return _proposal(drafted)
 
     def rollback(self, length: int) -> None:

@@ -64,7 +64,8 @@ class RunAhead:
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         """Until the message would land just before the verifier's next step: sooner gains nothing.
 
-        Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so there is one a step at most.
+        Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so a step
+        has hardly more than one.
         """
         is_urgent = seen.is_fresh or seen.awaited_tokens > 0
         pause_ms = self._pause_ms(seen, is_urgent)

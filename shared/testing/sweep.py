@@ -4,8 +4,8 @@ In each cell the shipped policies drive the real machines (`speed.TimedPair`), a
 setting chosen with hindsight for that cell (`limit.best_reachable`) on the same luck: which drafts are right is fixed
 by position and seed, the same in both. The first tokens, in which the controllers learn, are not measured.
 
-The comparison is uneven in one way, against the controllers: they keep to a budget of messages (one a step, or 24 a
-second where steps are longer), while a fixed setting may send every token at once where messages cost nothing.
+The comparison is uneven in one way, against the controllers: they keep to a budget of messages (four to three steps,
+or 24 a second where steps are longer), while a fixed setting may send every token at once where messages cost nothing.
 """
 
 from collections.abc import Iterator, Sequence

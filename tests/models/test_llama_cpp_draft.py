@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -324,8 +325,8 @@ class TestSelfTest:
         """Noise of the wrong position: the text stays plausible, only acceptance would suffer."""
         calls = iter(range(10**6))
 
-        def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: object) -> np.ndarray:
-            return candidates(logits, sampling, position + next(calls), *rest)  # type: ignore[arg-type]  # passed through
+        def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: Any) -> np.ndarray:
+            return candidates(logits, sampling, position + next(calls), *rest)
 
         monkeypatch.setattr("edge_agent.engines.cached_draft.candidates", drifting)
         with pytest.raises(EngineError, match="self-test"):

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -99,12 +100,12 @@ def test_step_that_has_enough_needs_no_message() -> None:
     assert RunAhead().send_in_ms(replace(SEEN, spare_tokens=16), is_drafting=True) == math.inf
 
 
-URGENT = [{"is_fresh": True}, {"awaited_tokens": 1}]
+URGENT: list[dict[str, Any]] = [{"is_fresh": True}, {"awaited_tokens": 1}]
 
 
 @pytest.mark.parametrize("changes", [{}, *URGENT])
-def test_messages_keep_their_distance_on_average_where_no_commits_pay_for_them(changes: dict[str, float]) -> None:
-    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, **changes)  # type: ignore[arg-type]  # by name
+def test_messages_keep_their_distance_on_average_where_no_commits_pay_for_them(changes: dict[str, Any]) -> None:
+    seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, **changes)
     for since_burst_ms, wait_ms in ((42.0 * BURST_MESSAGES - 52.0, 52.0), (42.0 * BURST_MESSAGES, 0.0)):
         assert RunAhead().send_in_ms(replace(seen, since_burst_ms=since_burst_ms), is_drafting=True) == wait_ms
 
@@ -116,7 +117,7 @@ def test_commits_pay_for_messages_and_the_last_credit_is_kept_for_an_answer(
     seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=200.0, credit=credit)
     assert (RunAhead().send_in_ms(seen, is_drafting=True) == 0.0) == is_sent
     for changes in URGENT:
-        urgent = replace(seen, **changes)  # type: ignore[arg-type]  # by name
+        urgent = replace(seen, **changes)
         assert (RunAhead().send_in_ms(urgent, is_drafting=True) == 0.0) == is_urgent_sent
 
 
