@@ -19,7 +19,7 @@ from shared.runtimes.llama_cpp import LlamaModel
 SHORT_TOKENS = 1000
 _QUESTION = "\n\nSummarize the text above."
 _FRAME_TOKENS = 64  # of the chat template and the question
-_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+_DOCUMENTS = ("LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")  # what never changes first
 _ROOT = Path(__file__).resolve().parents[2]
 
 
