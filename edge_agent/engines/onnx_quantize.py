@@ -4,9 +4,9 @@ A matrix whose weights lie on a 4-bit grid (they came from a GGUF file) goes on 
 8 bits by blocks of 32. Embedding and output layer are in 8 bits: they decide between near-equal tokens. All of it is
 `MatMulNBits` with 8-bit activations, the fast path of onnxruntime on a CPU.
 
-What the grid's zero points leave over (see `weight_blocks`) multiplies the sums of the input over each block of 32:
+What the grid's zero points leave over (see `weight_blocks`) multiplies the means of the input over each block of 32:
 
-    input (K) -> Reshape (B, 32) -> ReduceSum (B) -> Concat with the input (K + B) -> MatMulNBits
+    input (K) -> AveragePool (B) -> Mul by 1/16 (B) -> Concat of the three (K + 2 B) -> MatMulNBits
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge_agent.engines.onnx_folder import LOGITS_ROWS
 from edge_agent.engines.rotary import note_rotary
-from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
+from edge_agent.engines.weight_blocks import BLOCK, LOW_DIGIT, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -56,7 +56,7 @@ class _Rewrite:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
         self._outputs = {value.name for value in graph.output}
-        self._with_sums = dict[str, str]()  # an input's name: that of the input and its block sums
+        self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
 
     def run(self, progress: Progress) -> None:
         """Replace every node whose weights can be small, and drop what nothing reads any more."""
@@ -95,10 +95,10 @@ class _Rewrite:
         else:
             blocks, rest = found
             if np.abs(rest).max() > _NEGLIGIBLE * blocks.scales.max():
-                blocks = joined(blocks, sum_blocks(rest))
-                source, added = self._sums(source, columns)
+                blocks = joined(blocks, sum_blocks(rest * BLOCK))
+                source, added = self._means(source)
                 yield from added
-                columns += rest.shape[1]
+                columns += 2 * rest.shape[1]
             inputs = [
                 *self._stored(name, blocks),
                 self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)),
@@ -121,18 +121,17 @@ class _Rewrite:
             bits=8, block_size=BLOCK, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
-    def _sums(self, source: str, columns: int) -> "tuple[str, list[NodeProto]]":
-        """The name of this input followed by its block sums, and the nodes that make it where it is new."""
-        if source in self._with_sums:
-            return self._with_sums[source], []
-        names = blocked, sums, whole = [f"{source}_{what}" for what in ("blocked", "sums", "with_sums")]
-        self._with_sums[source] = names[-1]
-        shape = self._constant(f"blocked_{columns}", np.array([0, 0, columns // BLOCK, BLOCK], np.int64))  # 0: as it is
-        axis = self._constant("blocked_axis", np.array([-1], np.int64))
+    def _means(self, source: str) -> "tuple[str, list[NodeProto]]":
+        """The name of this input and its block means in two digits, with the nodes that make it where it is new."""
+        if source in self._with_means:
+            return self._with_means[source], []
+        means, low, whole = [f"{source}_{what}" for what in ("means", "low_means", "with_means")]
+        self._with_means[source] = whole
+        digit = self._constant("low_digit", np.array([LOW_DIGIT], np.float32))
         return whole, [
-            self._node("Reshape", [source, shape], blocked, domain=""),
-            self._node("ReduceSum", [blocked, axis], sums, domain="", keepdims=0),
-            self._node("Concat", [source, sums], whole, domain="", axis=-1),
+            self._node("AveragePool", [source], means, domain="", kernel_shape=[BLOCK], strides=[BLOCK]),
+            self._node("Mul", [means, digit], low, domain=""),
+            self._node("Concat", [source, means, low], whole, domain="", axis=-1),
         ]
 
     def _rows_input(self) -> str:
@@ -179,7 +178,9 @@ class _Rewrite:
         self._tensors[name] = numpy_helper.from_array(array, name)
         return name
 
-    def _node(self, kind: str, inputs: list[str], output: str, domain: str = _DOMAIN, **settings: int) -> "NodeProto":
+    def _node(
+        self, kind: str, inputs: list[str], output: str, domain: str = _DOMAIN, **settings: int | list[int]
+    ) -> "NodeProto":
         from onnx import helper
 
         node = helper.make_node(kind, inputs, [output], f"{output}/{kind}", domain=domain)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
+from edge_agent.engines.weight_blocks import BLOCK, LOW_DIGIT, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
 
 
 def grid(rows: int, blocks: int, seed: int = 0, steps: int = 16) -> tuple[NDArray[np.int64], Floats, Floats]:
@@ -73,20 +73,24 @@ def test_8_bit_blocks_are_exact_for_an_8_bit_file_and_near_for_others() -> None:
     assert (symmetric8(np.zeros((1, BLOCK), np.float32)).weights() == 0).all()
 
 
-def test_the_rest_becomes_columns_of_the_block_sums() -> None:
-    weights = dequantized(*grid(8, 5))
+def test_the_rest_becomes_columns_of_the_block_sums_in_two_digits() -> None:
+    weights = dequantized(*grid(8, 20))
     found = affine4(weights)
     assert found is not None
     blocks, rest = found
     columns = sum_blocks(rest)
-    assert columns.values.shape == (8, 1, BLOCK)
-    assert (columns.weights()[:, 5:] == 0).all()
-    assert np.abs(columns.weights()[:, :5] - rest).max() <= np.abs(rest).max() / 14 * 1.001
-    x = np.random.default_rng(3).normal(size=5 * BLOCK).astype(np.float32)
-    sums = np.zeros(BLOCK, np.float32)
-    sums[:5] = x.reshape(5, BLOCK).sum(axis=1)
-    exact, ours = weights @ x, joined(blocks, columns).weights() @ np.concatenate((x, sums))
-    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 4
+    assert columns.values.shape == (8, 2, BLOCK)
+    high, low, padding = np.split(columns.weights(), (20, 40), axis=1)
+    assert not padding.any()
+    step = np.abs(rest).max(axis=1, keepdims=True) / 7
+    assert (np.abs(high - rest) <= step / 2 * 1.001).all()
+    assert (np.abs(high + low * LOW_DIGIT - rest) <= step * LOW_DIGIT * 1.001).all()
+    x = np.random.default_rng(3).normal(size=20 * BLOCK).astype(np.float32)
+    sums = x.reshape(20, BLOCK).sum(axis=1)
+    exact = weights @ x
+    ours = joined(blocks, columns).weights() @ np.concatenate((x, sums, sums * LOW_DIGIT, np.zeros(24, np.float32)))
+    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 50
+    assert not sum_blocks(np.zeros((8, 20), np.float32)).weights().any()
 
 
 def test_packed_4_bit_values_come_two_to_a_byte_and_zeros_by_row() -> None:
