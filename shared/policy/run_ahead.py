@@ -23,6 +23,7 @@ from shared.policy import branching
 
 _LEAST_WORTH = 0.03
 _LEAST_USE = 0.02
+_LEAST_ACCEPTANCE = 0.1  # less cannot gain a tenth, and takes all of a device's power
 _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
@@ -52,7 +53,8 @@ class RunAhead:
         """Tokens to draft now: a few at a time, up to the depth that acceptance justifies."""
         price = 1.0 - self.draft_duty
         is_sampling = seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
-        if seen.use < max(price, _LEAST_USE) and not is_sampling:
+        is_useless = seen.use < max(price, _LEAST_USE) or seen.acceptance < _LEAST_ACCEPTANCE
+        if is_useless and not is_sampling:
             return 0
         room = min(
             self._worthwhile(seen, max(price, _LEAST_WORTH)),

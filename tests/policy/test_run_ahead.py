@@ -45,7 +45,7 @@ def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "depth"), [(0.0, 1), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)]
+    ("acceptance", "depth"), [(0.09, 0), (0.11, 2), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)]
 )
 def test_depth_ends_where_a_token_is_hardly_worth_drafting(acceptance: float, depth: int) -> None:
     drafted = 0
@@ -67,6 +67,7 @@ def test_verifier_bounds_the_depth() -> None:
 
 def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
     useless = replace(SEEN, use=0.01)
+    assert RunAhead().draft_tokens(replace(SEEN, acceptance=0.09, settled_tokens=64)) == 1
     drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
     assert drafting == ([True] * 16 + [False] * 48) * 2
 
