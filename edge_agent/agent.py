@@ -16,6 +16,7 @@ import structlog
 
 from edge_agent.channel import Channel, Traffic
 from edge_agent.statistics import Statistics
+from shared.core.draft_path import Learnt
 from shared.core.edge_session import EdgeSession
 from shared.core.effects import (
     Confirm,
@@ -72,8 +73,9 @@ class EdgeAgent:
 
         While the cloud can go on alone, an `EngineError` is no more than logged.
         """
-        run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy)
-        previous, self._run = self._run, run
+        previous = self._run
+        learnt = None if previous is None else previous.learnt
+        run = self._run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy, learnt)
         naming: asyncio.Task[str] | None = None
         try:
             if previous is not None:  # its streams have the same numbers: they go first
@@ -138,6 +140,7 @@ class _Run:
         channel: Channel,
         settings: EdgeSettings,
         policy: DraftPolicy,
+        learnt: Learnt | None,
     ) -> None:
         self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._request = request
@@ -145,7 +148,7 @@ class _Run:
         self._worker = worker
         self._channel = channel
         self._settings = settings
-        self._session = EdgeSession(request, settings, policy)
+        self._session = EdgeSession(request, settings, policy, learnt)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_reset = False  # the engine still holds the last answer's tokens
@@ -172,6 +175,11 @@ class _Run:
         if not self._is_over:
             self.stop()
             self.events.put_nowait(Finished(Finish.NONE, why))
+
+    @property
+    def learnt(self) -> Learnt:
+        """What the next answer can begin with."""
+        return self._session.path.learnt
 
     def report(self) -> dict[str, object]:
         """Statistics so far."""

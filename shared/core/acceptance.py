@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from math import prod
 
+_CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in the next one
+_DOUBTED_TOKENS = 1.0  # of them, the prior: what never was right gets another chance
+
 
 class Acceptance:
     """Exponentially smoothed per-token acceptance probability.
@@ -27,6 +30,13 @@ class Acceptance:
         """Probability that the next draft token is accepted, given that the ones before it were; 0 to 1."""
         return self._rate
 
+    def carried(self, prior: float) -> "Acceptance":
+        """What the next session begins with: this, mixed with a few observations of `prior`, and soon outweighed."""
+        known = min(self._seen, _CARRIED_TOKENS - _DOUBTED_TOKENS)
+        carried = Acceptance((self._rate * known + prior * _DOUBTED_TOKENS) / (known + _DOUBTED_TOKENS))
+        carried._seen = known + _DOUBTED_TOKENS
+        return carried
+
     def observe(self, matched: int, failed: int) -> None:
         """Learn from one judged path: in a tree more than one may have failed."""
         rate, seen, most = self._rate, self._seen, self.WINDOW_TOKENS
@@ -47,12 +57,13 @@ class Calibration:
     `table[confidence >> RANGE_BITS]` is the probability, 0 to 1, as of the last `refresh`.
     """
 
-    __slots__ = ("_overall", "_ranges", "table")
+    __slots__ = ("_overall", "_prior", "_ranges", "table")
 
     RANGE_BITS = 5
     _DRAWN_BY = 4.0
 
     def __init__(self, prior: float = 0.8) -> None:
+        self._prior = prior
         self._overall = Acceptance(prior)
         self._ranges = [(0.0, 0.0)] * (256 >> self.RANGE_BITS)  # (smoothed acceptance, observations)
         self.table = [self._overall.rate] * len(self._ranges)
@@ -69,6 +80,14 @@ class Calibration:
         """The probability that a whole path with these confidences is accepted."""
         table = self.table
         return prod([table[confidence >> self.RANGE_BITS] for confidence in confidences])
+
+    def carried(self) -> "Calibration":
+        """What the next session with the same draft begins with: this, soon outweighed by its own tokens."""
+        carried = Calibration(self._prior)
+        carried._overall = self._overall.carried(self._prior)
+        carried._ranges = [(rate, min(seen, _CARRIED_TOKENS)) for rate, seen in self._ranges]
+        carried.refresh()
+        return carried
 
     def observe(self, accepted: bytes, rejected: bytes) -> None:
         """Learn from one judged path: the confidences of the tokens that matched, and of those that did not."""

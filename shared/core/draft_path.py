@@ -9,6 +9,7 @@ content: the log may have grown by a commit (the overlap must agree) or been cut
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shared.core.acceptance import Calibration
 from shared.core.effects import Draft, Rollback
@@ -26,19 +27,31 @@ _USE_FADING = 0.98  # a committed token, of what is known of the use of drafts
 _USE_PRIOR = 4.0  # tokens that were drafted, and of use, before anything is known
 
 
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What a session knows of its draft at the end, for the next one with the same draft and verifier.
+
+    `draft_ms` is per token, 0 while unknown.
+    """
+
+    calibration: Calibration
+    sibling_calibration: Calibration
+    draft_ms: float
+
+
 class DraftPath:
     """The log, each token's confidence byte, and the draft in flight. Times in s, durations in ms."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], learnt: Learnt | None = None) -> None:
         self.log = TokenLog(prompt)
-        self.calibration = Calibration()
-        self.siblings = PathSiblings()
+        self.calibration = learnt.calibration.carried() if learnt else Calibration()
+        self.siblings = PathSiblings(learnt.sibling_calibration.carried() if learnt else None)
         self.clock = StepClock()
         self.sent_len = len(self.log)
         self.in_flight: Draft | None = None
         self.is_exhausted = False  # the draft context is full, or the draft has nothing to say
         self.wasted_tokens = 0
-        self.draft_ms = 0.0  # per token, smoothed; 0 while unknown
+        self.draft_ms = learnt.draft_ms if learnt else 0.0  # per token, smoothed; 0 while unknown
         self._confidence = bytearray(len(self.log))
         self._engine_len = 0
         self._drafting_since = 0.0
@@ -52,6 +65,11 @@ class DraftPath:
     def __repr__(self) -> str:
         state = f"{self.sent_len} sent, {self._engine_len} in the engine, acceptance {self.calibration!r}"
         return f"<DraftPath {len(self.log)} tokens, {state}>"
+
+    @property
+    def learnt(self) -> Learnt:
+        """What is known of the draft by now."""
+        return Learnt(self.calibration, self.siblings.calibration, self.draft_ms)
 
     @property
     def can_draft(self) -> bool:

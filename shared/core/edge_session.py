@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from shared.core.dialler import Dialler
-from shared.core.draft_path import DraftPath
+from shared.core.draft_path import DraftPath, Learnt
 from shared.core.effects import Disconnect, EdgeEffect, Finished, Refused, Send
 from shared.core.errors import RemoteProtocolError
 from shared.core.link import Link
@@ -61,9 +61,12 @@ class Phase(Enum):
 class EdgeSession:
     """One answer from `start` to `Finished`; see the module's theory of operation."""
 
-    def __init__(self, request: Request, settings: EdgeSettings, policy: DraftPolicy) -> None:
+    def __init__(
+        self, request: Request, settings: EdgeSettings, policy: DraftPolicy, learnt: Learnt | None = None
+    ) -> None:
+        """`learnt` is what an earlier session with this draft and verifier came to know (`path.learnt`)."""
         self.phase = Phase.CONNECTING
-        self.path = DraftPath(request.prompt)
+        self.path = DraftPath(request.prompt, learnt)
         self.link = Link(settings.link)
         self.committed_len = self._opened_len = len(request.prompt)
         self._known_len = 0  # tokens that the verifier is known to have, if it kept its cache

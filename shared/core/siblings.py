@@ -29,8 +29,8 @@ class Leaf:
 class PathSiblings:
     """Siblings of the positions that are not committed yet, which of them were sent, and how often they are right."""
 
-    def __init__(self) -> None:
-        self.calibration = Calibration(SIBLING_PRIOR)
+    def __init__(self, calibration: Calibration | None = None) -> None:
+        self.calibration = calibration or Calibration(SIBLING_PRIOR)
         self.num_hits = 0  # steps that went on behind a sibling
         self._use = Acceptance(1.0)
         self._at: dict[int, tuple[tuple[int, ...], bytes]] = {}

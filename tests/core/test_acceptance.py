@@ -97,3 +97,35 @@ def test_reach_is_the_chance_of_a_whole_path() -> None:
     calibration.observe(bytes((255,)) * 50, bytes((10,)) * 10)
     assert calibration.reach([255, 255]) == pytest.approx(calibration.table[7] ** 2)
     assert calibration.reach([255, 10]) == pytest.approx(calibration.table[7] * calibration.table[0])
+
+
+def test_what_is_carried_is_the_same_but_for_some_doubt_and_is_soon_outweighed() -> None:
+    calibration = Calibration()
+    calibration.observe(bytes((255,)) * 100, b"")
+    calibration.observe(b"", bytes((10,)) * 100)
+    carried = calibration.carried()
+    assert carried.overall == pytest.approx((calibration.overall * 7 + 0.8) / 8)
+    assert carried.table[7] == pytest.approx((8 + carried.overall * 4) / 12)
+    assert carried.table[0] == pytest.approx(carried.overall * 4 / 12)
+    assert carried.table[3] == pytest.approx(carried.overall)  # never seen: what is carried of the whole
+    carried.observe(b"", bytes((255,)) * 8)
+    carried.refresh()
+    assert carried.table[7] < 0.5
+    assert calibration.table[7] == calibration.table[0]  # the old one was not even refreshed
+
+
+def test_little_knowledge_is_carried_as_little() -> None:
+    seen, prior = Calibration(0.3), Calibration(0.3)
+    assert seen.carried().overall == pytest.approx(0.3)
+    seen.observe(b"", bytes((255,)))
+    assert seen.carried().overall == pytest.approx((seen.overall * 5 + 0.3) / 6)
+    assert prior.carried().table == pytest.approx(prior.table)
+
+
+def test_a_draft_that_never_was_right_gets_another_chance() -> None:
+    calibration = Calibration()
+    for _ in range(20):
+        calibration.observe(b"", bytes((255,)) * 10)
+        calibration = calibration.carried()
+        assert calibration.overall > 0.1
+    assert calibration.overall < 0.2
