@@ -84,7 +84,7 @@ class RunAhead:
 
     def sibling_price(self, seen: DraftObservation) -> float:
         """See `branching`."""
-        return branching.sibling_price(self.draft_duty)
+        return branching.sibling_price(self.draft_duty, seen.acceptance)
 
     def _pause_ms(self, seen: DraftObservation, is_urgent: bool) -> float:
         """Until a message keeps to the budget."""
@@ -134,4 +134,4 @@ class StopAndWait:
 
     def sibling_price(self, seen: DraftObservation) -> float:
         """See `branching`."""
-        return branching.sibling_price(1.0)
+        return branching.sibling_price(1.0, seen.acceptance)
