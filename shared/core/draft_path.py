@@ -93,7 +93,7 @@ class DraftPath:
             reach=self.calibration.reach(self._confidence[settled_len:]),
             use=self._recently_used / self._recently_drafted,
             draft_ms=self.draft_ms,
-            jitter_ms=link.variance_ms + self.clock.error_ms,
+            jitter_ms=link.jitter_ms + self.clock.error_ms,
             until_step_ms=step.until_ms,
             step_ms=step.step_ms,
             spare_tokens=step.spare_tokens,

@@ -3,7 +3,9 @@
 The transport is never trusted for liveness: on mobile links a half-open TCP connection can hang for a quarter of an
 hour. While a stream is up the edge sends a heartbeat every `heartbeat_ms` and the verifier echoes it at once, so the
 longest silence to expect on a live link is one heartbeat interval plus a round trip. RTT smoothing and its variance
-follow RFC 6298 (section 2); the stall deadline plays the part of its retransmission timeout.
+follow RFC 6298 (section 2), but for the mean of the first eight; the stall deadline plays the part of its retransmission
+timeout. Its variance begins at half the round trip, in doubt; whoever aims at a moment reads `jitter_ms`, which begins
+with what was seen.
 
 Times are seconds on the caller's monotonic clock, durations milliseconds.
 """
@@ -30,8 +32,10 @@ class Link:
 
     def __init__(self, settings: LinkSettings) -> None:
         self._settings = settings
+        self.jitter_ms = 0.0  # how far round trips are from the smoothed one, on average; 0 before the second
         self._srtt_ms: float | None = None
         self._variance_ms = 0.0
+        self._num_measured = 0
         self._nonce = 0
         self._sent_at: dict[int, float] = {}
         self._heard_at = 0.0
@@ -44,11 +48,6 @@ class Link:
     def rtt_ms(self) -> float:
         """Smoothed round trip, ms; 0 before the first echo."""
         return self._srtt_ms or 0.0
-
-    @property
-    def variance_ms(self) -> float:
-        """How far round trips are from the smoothed one, on average."""
-        return self._variance_ms
 
     @property
     def silence_ms(self) -> float:
@@ -88,8 +87,11 @@ class Link:
             self._measured((now - self._sent_at.pop(message.nonce)) * 1000)
 
     def _measured(self, rtt_ms: float) -> None:
+        self._num_measured += 1
         if self._srtt_ms is None:
             self._srtt_ms, self._variance_ms = rtt_ms, rtt_ms / 2
             return
-        self._variance_ms += _GAIN_VARIANCE * (abs(self._srtt_ms - rtt_ms) - self._variance_ms)
-        self._srtt_ms += _GAIN_RTT * (rtt_ms - self._srtt_ms)
+        off_ms = abs(self._srtt_ms - rtt_ms)
+        self._variance_ms += _GAIN_VARIANCE * (off_ms - self._variance_ms)
+        self.jitter_ms += max(_GAIN_VARIANCE, 1 / (self._num_measured - 1)) * (off_ms - self.jitter_ms)
+        self._srtt_ms += max(_GAIN_RTT, 1 / self._num_measured) * (rtt_ms - self._srtt_ms)

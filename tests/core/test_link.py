@@ -27,10 +27,11 @@ def test_first_echo_sets_the_round_trip_and_half_of_it_as_variance() -> None:
     assert repr(link) == "<Link rtt 50+-25 ms, patience 350 ms>"
 
 
-def test_later_echoes_are_smoothed_as_rfc_6298_says() -> None:
+def test_later_echoes_are_smoothed_as_rfc_6298_says_but_the_first_ones_weigh_alike() -> None:
     link = echoed(50.0, 90.0)
-    assert link.rtt_ms == pytest.approx(50 * 7 / 8 + 90 / 8)
-    assert link.silence_ms == pytest.approx(200 + 55 + 4 * (25 * 3 / 4 + 40 / 4))
+    assert link.rtt_ms == pytest.approx(70)
+    assert link.silence_ms == pytest.approx(200 + 70 + 4 * (25 * 3 / 4 + 40 / 4))
+    assert echoed(*[50.0] * 7, 90.0, 90.0).rtt_ms == pytest.approx(55 * 7 / 8 + 90 / 8)
 
 
 def test_steady_link_still_gets_the_least_patience() -> None:
@@ -77,5 +78,8 @@ def test_any_message_is_a_sign_of_life() -> None:
     assert link.stalled_at == pytest.approx(12.6)
 
 
-def test_variance_is_how_far_round_trips_are_off() -> None:
-    assert echoed(50.0).variance_ms == pytest.approx(25.0)
+def test_jitter_is_how_far_round_trips_were_off_and_nothing_that_was_not_seen() -> None:
+    assert echoed(50.0).jitter_ms == 0.0
+    assert echoed(50.0, 90.0).jitter_ms == pytest.approx(40)
+    assert echoed(50.0, 90.0, 70.0).jitter_ms == pytest.approx(20)
+    assert echoed(*[50.0] * 5, 90.0).jitter_ms == pytest.approx(40 / 4)
