@@ -3,9 +3,9 @@
 The transport is never trusted for liveness: on mobile links a half-open TCP connection can hang for a quarter of an
 hour. While a stream is up the edge sends a heartbeat every `heartbeat_ms` and the verifier echoes it at once, so the
 longest silence to expect on a live link is one heartbeat interval plus a round trip. RTT smoothing and its variance
-follow RFC 6298 (section 2), but for the mean of the first eight; the stall deadline plays the part of its retransmission
-timeout. Its variance begins at half the round trip, in doubt; whoever aims at a moment reads `jitter_ms`, which begins
-with what was seen.
+follow RFC 6298 (section 2), but for the mean of the first eight; the stall deadline plays the part of its
+retransmission timeout. Its variance begins at half the round trip, in doubt; whoever aims at a moment reads
+`jitter_ms`, which begins with what was seen.
 
 Times are seconds on the caller's monotonic clock, durations milliseconds.
 """
