@@ -66,6 +66,7 @@ class OnnxDraft(CachedDraft):
         self._caches: dict[str, OrtValue] = {}
         self._binding = self._bind(library, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
         self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
+        self._buffers: dict[int, tuple[NDArray[np.generic], OrtValue]] = {}  # by rows, each buffer allocated once
         self._mask = np.ones((1, room), dtype=np.int64)
         capabilities = Capabilities(True, can_tree=False, max_context=max_context)
         super().__init__(folder.name, batch_tokens, capabilities, room)
@@ -77,7 +78,7 @@ class OnnxDraft(CachedDraft):
 
     def close(self) -> None:
         """Free the model; no other call may follow."""
-        del self._binding, self._session, self._caches
+        del self._binding, self._session, self._caches, self._buffers
 
     def _bind(self, library: ModuleType, room: int, device: str) -> "IOBinding":
         """Allocate the cache, each buffer both past and present."""
@@ -100,19 +101,32 @@ class OnnxDraft(CachedDraft):
         binding, rows = self._binding, len(tokens)
         binding.bind_cpu_input(_IDS, np.array([tokens], dtype=np.int64))
         binding.bind_cpu_input(_MASK, self._mask[:, : start + rows])
+        buffer = None
         if self._selects_rows:
             wanted = range(rows - max(num_logits, 1), rows)  # none at all would be an empty matrix product
             binding.bind_cpu_input(LOGITS_ROWS, np.array(wanted, dtype=np.int64))
-        binding.bind_output(_LOGITS)
+            buffer, output = self._logits_buffer(len(wanted))
+            binding.bind_ortvalue_output(_LOGITS, output)
+        else:
+            binding.bind_output(_LOGITS)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its classes share no base of their own
             raise EngineError(f"onnxruntime cannot evaluate {rows} token(s): {_one_line(error)}") from error
-        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()[0]  # bound last
+        # Asking for outputs wraps each of the cache's, too: a fortieth of a small model's forward.
+        logits: NDArray[np.generic] = (binding.get_outputs()[-1].numpy() if buffer is None else buffer)[0]
         if len(logits) < num_logits:
             raise EngineError(f"{self.model.folder}: the graph gives the last row's logits only, so it cannot check "
                               "copies; make it again with edge-agent prepare")  # fmt: skip
-        return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
+        return logits[len(logits) - num_logits :].astype(np.float32)
+
+    def _logits_buffer(self, rows: int) -> "tuple[NDArray[np.generic], OrtValue]":
+        """Where the logits (1, rows, V) go; what is there is overwritten by the next forward with as many."""
+        if rows not in self._buffers:
+            (output,) = (tensor for tensor in self._session.get_outputs() if tensor.name == _LOGITS)
+            array = np.empty((1, rows, output.shape[-1]), _TYPES[output.type])
+            self._buffers[rows] = array, _library().OrtValue.ortvalue_from_numpy(array)
+        return self._buffers[rows]
 
     def _remove(self, length: int) -> bool:
         return True  # what lies behind the mask does not count

@@ -50,8 +50,8 @@ def candidates(
         _peak(penalised)
         if count == 1:
             return np.array([penalised.argmax()])
-        ids, scores = _allowed(penalised)
-        return ids[_largest(scores, count)]
+        best = _largest(penalised, count)
+        return best[penalised[best] > -np.inf]
     ids, scores = _survivors(logits, sampling, context, prompt_len)
     if len(ids) > 1:
         # The normaliser is left out: it is the same for every id.

@@ -308,3 +308,12 @@ def test_probability_is_the_plain_softmax() -> None:
         assert confidences(logits, [token])[0] == pytest.approx(weights[token] / weights.sum(), rel=1e-5)
     logits[4] = -np.inf
     assert confidences(logits, [4]) == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_ids_are_no_candidates_however_few_are_left(temperature: float) -> None:
+    logits = np.full(200, -np.inf, dtype=np.float32)
+    logits[[7, 90, 150]] = (2.0, 3.0, 1.0)
+    found = candidates(logits, Sampling(temperature=temperature), 5, 5)
+    assert sorted(found.tolist()) == [7, 90, 150]
+    assert temperature or found.tolist() == [90, 7, 150]
