@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from math import prod
 
 _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in the next one
-_DOUBTED_TOKENS = 1.0  # of them, the prior: what never was right gets another chance
+# Of them, the prior: what never was right gets another chance. And its engine reads the prompt, for local text.
+_DOUBTED_TOKENS = 1.0
 
 
 class Acceptance:
