@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from shared.core.acceptance import Calibration
 from shared.core.policies import BURST_MESSAGES, DraftObservation
 from shared.policy.run_ahead import RunAhead, StopAndWait
 
@@ -70,6 +71,15 @@ def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
     assert RunAhead().draft_tokens(replace(SEEN, acceptance=0.09, settled_tokens=64)) == 1
     drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
     assert drafting == ([True] * 16 + [False] * 48) * 2
+
+
+def test_an_answer_begins_with_drafts_however_bad_the_last_ones_were() -> None:
+    calibration = Calibration()
+    for _ in range(20):
+        calibration.observe(b"", bytes((255,)) * 100)
+        assert RunAhead().draft_tokens(replace(SEEN, acceptance=calibration.overall)) == 0
+        calibration = calibration.carried()
+        assert RunAhead().draft_tokens(replace(SEEN, acceptance=calibration.overall)) == 1
 
 
 def test_low_duty_wants_more_use_and_surer_tokens() -> None:
