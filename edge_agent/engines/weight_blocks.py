@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 BLOCK = 32
 _TOLERANCE = 0.02  # of a step: float16 scales times small integers, rounded to float32, are off by much less
 _STEPS4 = 15
-LOW_DIGIT = 1 / 16
+LOW_DIGIT = 1 / 16  # what a step of the second digit is worth, in steps of the first
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -89,7 +89,7 @@ def sum_blocks(rest: Floats) -> Blocks:
     """The rest (N, B) as 2 B further columns, padded with zeros to whole blocks: two digits to the base 16.
 
     The first B columns are for the sums themselves, the others for `LOW_DIGIT` of them. One digit alone would round the
-    rest to a 15th, which costs a fifth of the drafts that go wrong.
+    rest to a 15th, and of the default draft's wrong tokens a fifth to a third came of that.
     """
     scales = _no_zero(np.abs(rest).max(axis=1, keepdims=True) / 7)
     digits = rest / scales

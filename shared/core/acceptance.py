@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from math import prod
 
 _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in the next one
-# Of them, the prior: what never was right gets another chance. And its engine reads the prompt, for local text.
+# One of them is the prior, so that each answer begins with drafts: a draft that never was right gets another chance, and
+# its engine reads the prompt, for local text.
 _DOUBTED_TOKENS = 1.0
 
 
@@ -32,7 +33,7 @@ class Acceptance:
         return self._rate
 
     def carried(self, prior: float) -> "Acceptance":
-        """What the next session begins with: this, mixed with a few observations of `prior`, and soon outweighed."""
+        """What the next session begins with: this and one observation of `prior`, soon outweighed by its own."""
         known = min(self._seen, _CARRIED_TOKENS - _DOUBTED_TOKENS)
         carried = Acceptance((self._rate * known + prior * _DOUBTED_TOKENS) / (known + _DOUBTED_TOKENS))
         carried._seen = known + _DOUBTED_TOKENS

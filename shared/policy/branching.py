@@ -20,7 +20,7 @@ four, eight and sixteen rows committed 1.75 tokens as the best chain, 1.92, 2.18
 """
 
 LEAST_WORTH = 0.03  # DySpec (arXiv 2410.11744) stops growing a tree by such a threshold
-CHAIN_WORTH = 0.08  # of a draft whose chain is what counts
+CHAIN_WORTH = 0.08  # of a draft whose chain is what counts: one that is right more often than
 CHAIN_ACCEPTANCE = 0.85
 
 

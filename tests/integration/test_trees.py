@@ -54,11 +54,9 @@ async def shown_on(target: Target, draft: LoadedDraft, prompt: str, sampling: Sa
 
 def check(target: Target, plain: Plain, draft: LoadedDraft) -> None:
     hits = 0
-    seeds = range(99, 111)
-    asked = ((PROMPTS[1], GREEDY), *[(PROMPTS[4], Sampling(temperature=1.0, seed=seed)) for seed in seeds])
-    for index, (prompt, sampling) in enumerate(asked):
-        if index > 1 and hits:
-            break  # more than two are asked only where none of them had a sibling in time, which is up to the machine
+    # Seeds where several siblings are right: whether each is in time is up to the machine.
+    sampled = [Sampling(temperature=1.0, seed=seed) for seed in (99, 101, 110, 115)]
+    for prompt, sampling in ((PROMPTS[1], GREEDY), *[(PROMPTS[4], one) for one in sampled]):
         shown = run(shown_on(target, draft, prompt, sampling))
         request = make_request(edge_config("127.0.0.1:1"), draft, prompt)
         assert shown.tokens == plain.stream(request.prompt, sampling, TOKENS, request.stop_ids)
