@@ -149,6 +149,16 @@ def test_a_packed_layer_is_the_plain_one(bias: bool, dtype: torch.dtype) -> None
             torch.testing.assert_close(packed(inputs), plain(inputs))
 
 
+@pytest.mark.skipif(not can_pack(), reason="oneDNN's packed layers are for x86")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_cpu_that_cannot_multiply_in_bfloat16_widens_it(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud_verifier.engines.packed_linear._multiplies_bfloat16", lambda: False)
+    plain = torch.nn.Linear(48, 80, bias=bias, dtype=torch.bfloat16)
+    inputs = torch.randn(1, 3, 48, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(plain)(inputs), plain(inputs))
+
+
 @pytest.mark.models
 @pytest.mark.timeout(600)  # the first run converts the file
 def test_the_default_model_commits_the_text_of_plain_transformers(default_model_path: Path) -> None:
