@@ -230,6 +230,10 @@ class CloudSession:
         if self._held_until is None:
             self._held_until = until
 
+    def asked(self, tokens: int, now: float) -> None:
+        """The commit asks the edge for so many drafts, for which a step will wait; 0: for none."""
+        self._forecast.asked(len(self.log) + tokens if tokens else 0, now)
+
     def take(self, num_rows: int, now: float) -> Rows:
         """The offer was granted this many rows: a step is in flight. Raises `LocalProtocolError` for no rows."""
         if num_rows < 1 or self._step is not None:
@@ -334,6 +338,7 @@ class CloudSession:
             next_ms=forecast.next_ms(length + self._tree.path_len, now),
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
+            asked_tokens=forecast.asked_tokens(length),
         )
 
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:

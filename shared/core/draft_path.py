@@ -162,7 +162,7 @@ class DraftPath:
     def lay(self, start: int, tokens: Sequence[int], num_accepted: int, hold_tokens: int) -> tuple[int, list[Rollback]]:
         """Commit tokens at `start`: cut the own path where it differs; returns how many it had right.
 
-        The verifier had use for `num_accepted` drafts, and holds its next step for `hold_tokens` further ones.
+        The verifier had use for `num_accepted` drafts, and holds a coming step for `hold_tokens` further ones.
         """
         ahead = len(self.log) - start
         matched = self.log.match(start, tokens)
@@ -181,6 +181,10 @@ class DraftPath:
             self.is_exhausted = False  # what had nothing to say to the old text may have to the new
         self.sent_len = max(self.sent_len, start + len(tokens))
         return matched, effects
+
+    def committed(self, commit: Commit, rtt_ms: float, now: float) -> None:
+        """A commit was laid: what it tells of the verifier's steps."""
+        self.clock.committed(commit, self._awaited_len if commit.hold_tokens else 0, rtt_ms, now)
 
     def send(self, settled_len: int, held_len: int, sibling_price: float, now: float) -> DraftMessage:
         """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent.

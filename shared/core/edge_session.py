@@ -194,8 +194,8 @@ class EdgeSession:
         tokens = self.path.news(commit, start, self._request.vocabulary.size)
         self._max_ahead = commit.max_ahead or self._max_ahead
         self.path.verifier_holds(start + self._max_ahead)
-        self.path.clock.committed(commit.num_drafted, commit.queue_ms, commit.verify_ms, self.link.rtt_ms, now)
         matched, rollbacks = self.path.lay(start, tokens, commit.num_accepted, commit.hold_tokens)
+        self.path.committed(commit, self.link.rtt_ms, now)
         self.committed_len = self._known_len = start + len(tokens)
         self._patience_until = now + self._settings.patience_ms / 1000
         self._dialler.progressed()

@@ -29,7 +29,7 @@ class Forecast:
     """Where the path is known to stand, and from when on its next tokens arrive."""
 
     __slots__ = (
-        "_arrived_at", "_commits", "_every_ms", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms",
+        "_arrived_at", "_asked_at", "_asked_len", "_commits", "_every_ms", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms",
     )  # fmt: skip
 
     def __init__(self, length: int, now: float) -> None:
@@ -39,6 +39,8 @@ class Forecast:
         self._known_at = now
         self._late_ms = 0.0
         self._arrived_at = -inf  # the last message with drafts of the path as it stands
+        self._asked_len = 0  # what a commit has asked for, up to here; 0: nothing
+        self._asked_at = now
         self._every_ms = 0.0  # from one to the next, smoothed; 0: unknown
         self._step_ms = 0.0  # from commit to commit, the last time
         self._commits: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)  # (end, when)
@@ -60,9 +62,24 @@ class Forecast:
         expected_ms = self._expected_ms(length, now)
         return max(expected_ms, -expected_ms - self._step_ms, 0.0)
 
+    def asked(self, length: int, now: float) -> None:
+        """A commit asks for drafts up to this length, 0: for none; what was asked before keeps its time."""
+        if length != self._asked_len:
+            self._asked_len, self._asked_at = length, now
+
+    def asked_tokens(self, committed_len: int) -> int:
+        """How many drafts will come together, as they were asked for."""
+        return max(self._asked_len - committed_len, 0)
+
     def asked_ms(self, now: float) -> float:
-        """Until drafts are here that the last commit asked for, or that are due unasked."""
-        asked_ms = (self._commits[-1][1] - now) * 1000 + self.answer_ms if self._commits else 0.0
+        """Until drafts are here that a commit has asked for, or could have asked for, or that are due unasked."""
+        if self._asked_len:
+            asked_ms = (self._asked_at - now) * 1000 + self.answer_ms
+            return max(asked_ms, self._expected_ms(self._asked_len - 1, now))
+        committed_at = self._commits[-1][1] if self._commits else -inf
+        asked_ms = (committed_at - now) * 1000 + self.answer_ms if self._commits else 0.0
+        if self._arrived_at > committed_at:  # the answer was that
+            asked_ms = self.answer_ms
         due_ms = (self._arrived_at - now) * 1000 + self._every_ms
         late_ms = due_ms + _LATE * self._every_ms  # left of the time for which it counts as due
         return min(asked_ms, due_ms if due_ms > 0.0 else late_ms) if late_ms > 0.0 else asked_ms
@@ -85,13 +102,14 @@ class Forecast:
         if self._arrived_at > -inf:
             every_ms = (now - self._arrived_at) * 1000
             self._every_ms += (every_ms - self._every_ms) * (_GAIN if self._every_ms else 1.0)
+        early_ms = max(self._expected_ms(length - 1, now), self.asked_ms(now))
         self._arrived_at = now
+        if length >= self._asked_len or (now - self._asked_at) * 1000 >= self.rtt_ms:
+            self._asked_len = 0
         if length < self._known_len:
             return
         if was_awaited:
-            self._late_ms = max(
-                0.0, self._late_ms - max(self._expected_ms(length - 1, now), self.asked_ms(now)) * _GAIN
-            )
+            self._late_ms = max(0.0, self._late_ms - early_ms * _GAIN)
         self._known_len, self._known_at = length, now
 
     def differed(self, position: int) -> None:

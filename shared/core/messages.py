@@ -135,7 +135,7 @@ class Commit:
     """Target tokens for positions `start`, ...: `num_accepted` accepted drafts, then one next_token.
 
     `num_drafted` draft tokens were evaluated in this step. `max_ahead` is how many tokens beyond `committed_len` the
-    verifier is willing to hold pending; for the first `hold_tokens` of them its next step waits (for a time).
+    verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits (for a time).
     """
 
     start: int

@@ -76,8 +76,8 @@ class Outlook:
     `acceptance` is the probability that the next token of a path that stands is right, `draft_ms` the edge's time to
     draft one, `rtt_ms` from a commit to the arrival of what was drafted at once on hearing of it. The first
     `unknown_tokens` of the path on its way are committed already: only if they agree is the rest of use. The first
-    useful token is expected in `next_ms`; what the last commit asks for, in `asked_ms` at the earliest. A step has room
-    for `most_drafts`.
+    useful token is expected in `next_ms`. Of those that are not here, the first `asked_tokens` of the path come together
+    in `asked_ms`, for a commit has asked for them; with 0, none comes before that. A step has room for `most_drafts`.
     """
 
     acceptance: float
@@ -87,6 +87,7 @@ class Outlook:
     next_ms: float
     asked_ms: float
     most_drafts: int
+    asked_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -109,14 +110,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Allotment:
-    """What a step policy decided: rows of each offer, or to wait `hold_ms` at most for drafts.
+    """What a step policy decided: rows of each offer, or to wait `hold_ms` at most for drafts (0: no hold).
 
-    `hold_tokens` is how many of them, pending ones included; 0: no hold.
+    `asked_tokens` are to be asked of the edge, pending ones included: they are held for, now or after a decode step.
     """
 
     rows: Sequence[int]
-    hold_tokens: int = 0
     hold_ms: float = 0.0
+    asked_tokens: int = 0
 
 
 class StepPolicy(Protocol):

@@ -139,7 +139,7 @@ class SessionTable:
             ((session, offer),) = offered
             offer.outlook = session.outlook(now)
         allotment = self._policy.allot([offer for _, offer in offered])
-        if allotment.hold_tokens:
+        if allotment.hold_ms:
             session.hold(now + allotment.hold_ms / 1000)
         self._room_at = inf
         for (session, offer), num_rows in zip(offered, allotment.rows, strict=True):
@@ -166,7 +166,8 @@ class SessionTable:
             self.ledger.served(session)
             effects.append(Keep(session.key, stepped.start, stepped.kept_rows))
             if stepped.commit is not None:
-                hold_tokens = self._hold_tokens(session, now) if len(planned) == 1 else 0
+                hold_tokens = self._asked_tokens(session, now) if len(planned) == 1 else 0
+                session.asked(hold_tokens, now)
                 commit = replace(stepped.commit, hold_tokens=hold_tokens)
                 effects.append(Send(self._stream_of[session.key], commit))
         return effects + self._go_on(now)
@@ -208,14 +209,14 @@ class SessionTable:
         times += [self._room_at] if self._room_at < inf else []
         return min(times, default=None)
 
-    def _hold_tokens(self, session: CloudSession, now: float) -> int:
-        """For how many drafts the next step will wait: its edge must know what is waited for."""
+    def _asked_tokens(self, session: CloudSession, now: float) -> int:
+        """For how many drafts a coming step will wait: its edge must know what is waited for."""
         is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
         offer = session.offer(now) if is_alone else None
         if offer is None:
             return 0
         offer.outlook = session.outlook(now)
-        return max(self._policy.allot([offer]).hold_tokens - session.pending_siblings, 0)
+        return max(self._policy.allot([offer]).asked_tokens - session.pending_siblings, 0)
 
     # -- messages ---------------------------------------------------------------------------------------------------
 

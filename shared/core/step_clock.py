@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from math import inf
 
+from shared.core.messages import Commit
 from shared.core.policies import BURST_MESSAGES
 
 _REMEMBERED = 24  # messages
@@ -47,18 +48,25 @@ class StepClock:
         self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
         self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
 
-    def committed(self, num_drafted: int, queue_ms: float, verify_ms: float, rtt_ms: float, now: float) -> None:
-        """A commit arrived: the next step began when it was sent. What a step waits for other than us is part of it."""
+    def committed(self, commit: Commit, awaited_len: int, rtt_ms: float, now: float) -> None:
+        """A commit arrived: the next step began when it was sent.
+
+        If it waits for drafts up to `awaited_len` (0: for none), it begins when these land, in case they were sent. What
+        a step waits for other than these is part of it.
+        """
+        num_drafted, queue_ms, verify_ms = commit.num_drafted, commit.queue_ms, commit.verify_ms
         step_ms = verify_ms + (0.0 if self._is_awaited else queue_ms)
         error_ms = abs(step_ms - self._step_ms.get(num_drafted, step_ms))
         self.error_ms += _GAIN * (error_ms - self.error_ms)
         self._step_ms[num_drafted] = step_ms
         since_ms = (now - self._committed_at) * 1000
         self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, _MESSAGES_PER_STEP), BURST_MESSAGES)
-        began = now - rtt_ms / 1000
         if self._committed_at:
             self.interval_ms += _GAIN * (since_ms - self.interval_ms)
-        self._began, self._committed_at, self._is_awaited = began, now, False
+        self._committed_at = now
+        answered_at = next((sent_at for sent_at, end in self._sent if end >= awaited_len), 0.0) if awaited_len else 0.0
+        self._is_awaited = answered_at > 0.0
+        self._began = max(now - rtt_ms / 1000, answered_at)
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""

@@ -22,12 +22,12 @@ from shared.core.policies import BURST_MESSAGES, DraftObservation
 from shared.policy import branching
 
 _LEAST_WORTH = 0.03
-_LEAST_USE = 0.02
+_LEAST_USE = 0.01
 _LEAST_ACCEPTANCE = 0.1  # less cannot gain a tenth, and takes all of a device's power
 _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
-_SAFETY_MS = 1.0  # land this long before the step, and
+_SAFETY_MS = 1.5  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
 _GRAIN_MS = 0.5  # timers fire a little early or late
 _LEAST_SHARE = 0.6  # of the time between two commits: forecasts fail where the verifier or the link is uneven

@@ -74,8 +74,9 @@ class BestRate:
     def _allot_one(self, offer: Offer, outlook: Outlook) -> Allotment:
         choice = self._step_rule.choose(offer.worth, outlook, offer.decodes is not Decodes.NEVER)
         if choice.drafts > len(offer.worth):
-            return Allotment([0], choice.drafts, choice.hold_ms + _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms)
-        return Allotment([1 + choice.drafts])
+            hold_ms = choice.hold_ms + _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms
+            return Allotment([0], hold_ms=hold_ms, asked_tokens=choice.asked)
+        return Allotment([1 + choice.drafts], asked_tokens=choice.asked)
 
     def _allot_shared(self, offers: Sequence[Offer]) -> list[int]:
         grants = [0] * len(offers)

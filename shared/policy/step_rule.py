@@ -11,20 +11,26 @@ g * ms, g being the best rate of committing that this session can have, plus wha
     plan (s, n)      self-decode s times, wait until n draft tokens beyond those are here, verify them
     tokens           s + 1 + sum of reach[j], j = s + 1 .. s + n
     ms               s * cost(1) + wait + cost(1 + n)
-    leads to         with probability reach[s + n + 1] the edge's path still stands: worth `flow`; else a break: worth 0
+    leads to         with probability reach[s + n + 1] the edge's path still stands: worth `_onward`; else a break: 0
 
 reach[j] is the probability that the path's first j tokens beyond the committed ones are all right: the pending ones by
-their calibrated confidence, later ones by the session's acceptance. `flow` is the value of a path that stands: verify
-the x tokens that are drafted meanwhile, again and again until one is wrong. g is the rate at which the best plan after
-a break is worth nothing more than its time; it never falls below cloud-only's, 1 / cost(1), so neither does the choice
-(as far as the forecast is right). Stop-and-wait at its best length is the plan s = 0 (FlexSpec's K*, the n of most
-tokens per ms of drafting, link and verification); s > 0 is self-decode over a long round trip.
+their calibrated confidence, later ones by the session's acceptance. A path that stands is worth `flow` where its tokens
+come fast enough: verify the x that are drafted meanwhile, again and again until one is wrong. Until so many are here it
+is worth less (`_onward`): a step of those that are, and the pause until the next message. g is the rate at which the
+best plan after a break is worth nothing more than its time; it never falls below cloud-only's, 1 / cost(1), so neither
+does the choice (as far as the forecast is right). Stop-and-wait at its best length is the plan s = 0 (FlexSpec's K*,
+the n of most tokens per ms of drafting, link and verification); s > 0 is self-decode over a long round trip.
+
+Tokens that a plan waits for must be *asked* for, in the commit before, even if the verifier decodes meanwhile: then the
+edge sends them as soon as they are drafted. What nobody asks for comes as the edge sends by itself: one message just
+before each step that it foresees (`_gather`). What was asked for stays asked for, whatever is chosen later.
 
 Everything is expectation under a forecast, made anew whenever something arrives.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,26 +38,58 @@ from numpy.typing import NDArray
 from shared.core.policies import Outlook
 
 _Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
 _MOST_DECODES = 16
+_DOUBT = 0.05  # tokens: a step that waits may wait in vain, one that does not cannot
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
+_AIMED_MS = 2.0  # so long before a step its message is complete: later drafts are not in it
 _MOST_ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the next step of a session should be: `drafts` to verify once they are here, the first in `hold_ms`."""
+    """What the next step of a session should be: `drafts` to verify once they are here, in `hold_ms`.
+
+    `asked` tokens of the path are waited for, by this step or by one that comes after some that decode; 0: none.
+    """
 
     drafts: int
     hold_ms: float
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Reachable:
-    """The best rate, tokens per ms, and what a path that stands is worth at it, tokens."""
+    """The best rate, tokens per ms, the time from a break to the next draft, and what a path that stands is worth.
+
+    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n drafts commits `tokens[n]`
+    of them, its path stands behind that with probability `stands[n]`, and `lacking_ms[n]` later the next `best` are here.
+    """
 
     rate: float
+    answer_ms: float
     flow: float
+    flow_ms: float
+    best: int
+    tokens: _Floats
+    stands: _Floats
+    lacking_ms: _Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The path's first j tokens, j = 0, 1, ...: whether all are right, and when they are here, in ms from now.
+
+    `pending` ones are. The others could be in `drafted_ms`, are in `asked_ms` for whoever waits for them, and else come
+    in `unasked_ms`.
+    """
+
+    reach: _Floats
+    pending: int
+    drafted_ms: _Floats
+    asked_ms: _Floats
+    unasked_ms: _Floats
 
 
 class StepRule:
@@ -75,19 +113,25 @@ class StepRule:
         """
         reachable = self._solve(outlook)
         reach = self._reach(worth, outlook)
-        here_in = self._here_in(len(worth), outlook.next_ms, outlook.draft_ms)
-        wait_ms = np.where(self._drafts > len(worth), np.maximum(here_in[: len(self._drafts)], outlook.asked_ms), 0.0)
-        values = self._values(
-            reach, here_in, wait_ms, reachable.rate, reachable.flow, outlook.rtt_ms + outlook.draft_ms
-        )
+        drafted_ms = self._drafted_ms(len(worth), outlook.next_ms, outlook.draft_ms)
+        asked_ms, unasked_ms = drafted_ms.copy(), drafted_ms.copy()
+        first, last = len(worth) + 1, max(len(worth), outlook.asked_tokens) + 1
+        asked_ms[first:last] = unasked_ms[first:last] = outlook.asked_ms
+        asked_ms[last:] = np.maximum(drafted_ms[last:], outlook.rtt_ms if outlook.asked_tokens else outlook.asked_ms)
+        if not outlook.asked_tokens:
+            self._gather(unasked_ms, len(worth))
+        path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms)
+        values = self._values(path, reachable)
+        idles = (self._drafts > 0) & (asked_ms[self._until] > self._decoding)
+        values -= np.where(idles, _DOUBT, 0.0)
         values[:, outlook.most_drafts + 1 :] = -np.inf
         if not may_decode:
             values[1:] = -np.inf
             values[0, 0] = -np.inf
         decodes, drafts = divmod(int(values.argmax()), len(self._drafts))
-        if decodes:
-            return Choice(0, 0.0)
-        return Choice(drafts, float(wait_ms[drafts]))
+        waits = drafts > 0 and decodes + drafts > len(worth)
+        asked = max(decodes + drafts if waits else 0, outlook.asked_tokens)  # what was asked for is on its way
+        return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
 
     def _solve(self, outlook: Outlook) -> _Reachable:
         """Newton's method from cloud-only's rate: the value of the best plan is convex in the rate, so it climbs."""
@@ -98,32 +142,61 @@ class StepRule:
             return found
         acceptance, draft_ms, rtt_ms = key
         reach = np.power(acceptance, np.arange(self._until[-1, -1] + 2))
-        here_in = self._here_in(0, rtt_ms + draft_ms, draft_ms)
-        rate, flow = 1.0 / self._cost[1], 0.0
+        asked_ms = self._drafted_ms(0, rtt_ms + draft_ms, draft_ms)
+        unasked_ms = asked_ms.copy()
+        self._gather(unasked_ms, 0)
+        path = _Path(reach, 0, asked_ms, asked_ms, unasked_ms)
+        rate = 1.0 / self._cost[1]
         for _ in range(_MOST_ROUNDS):
-            flow, flow_ms = self._flow(acceptance, draft_ms, rate)
-            values = self._values(reach, here_in, here_in[: len(self._drafts)], rate, flow, rtt_ms + draft_ms)
+            found = self._flow(acceptance, draft_ms, rtt_ms, rate)
+            values = self._values(path, found)
             best = int(values.argmax())
             if values.flat[best] <= 1e-6:
                 break
             decodes, drafts = divmod(best, len(self._drafts))
-            took_ms = (
-                self._took_ms(here_in, here_in[: len(self._drafts)]).flat[best] + reach[decodes + drafts + 1] * flow_ms
-            )
+            took_ms = self._took_ms(asked_ms).flat[best] + reach[decodes + drafts + 1] * found.flow_ms
             rate += float(values.flat[best] / took_ms)
+        else:
+            found = self._flow(acceptance, draft_ms, rtt_ms, rate)
         if len(self._solved) >= _MAX_SOLVED:
             self._solved.clear()
-        found = self._solved[key] = _Reachable(rate, flow)
+        self._solved[key] = found
         return found
 
-    def _flow(self, acceptance: float, draft_ms: float, rate: float) -> tuple[float, float]:
-        """Value of a path that stands, and its expected duration in ms."""
+    def _flow(self, acceptance: float, draft_ms: float, rtt_ms: float, rate: float) -> _Reachable:
+        """What a path that stands is worth at this rate."""
         tokens = np.cumsum(np.power(acceptance, self._drafts))
+        stands = np.power(acceptance, self._drafts + 1)
         step_ms = np.maximum(self._cost[1:], (self._drafts + 1) * draft_ms)
-        ends = 1.0 - np.power(acceptance, self._drafts + 1)
-        values = (tokens - rate * step_ms) / ends
+        values = (tokens - rate * step_ms) / (1.0 - stands)
         best = int(values.argmax())
-        return max(float(values[best]), 0.0), float(step_ms[best] / ends[best]) if values[best] > 0 else 0.0
+        flow = max(float(values[best]), 0.0)
+        flow_ms = float(step_ms[best] / (1.0 - stands[best])) if flow > 0.0 else 0.0
+        lacking_ms = np.maximum(best - np.floor(self._cost[1:] / draft_ms), 0.0) * draft_ms
+        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, tokens, stands, lacking_ms)
+
+    def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
+        """What a path is worth with so many tokens here, and further ones in `next_ms`.
+
+        Those that are here are verified at once, as many as are best, or after one more decode step.
+        """
+        later = self._verified(reachable, here - 1, next_ms - self._cost[1])
+        decoding = 1.0 - reachable.rate * self._cost[1] + reachable.stands[0] * later
+        return np.maximum(self._verified(reachable, here, next_ms), decoding)
+
+    def _verified(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
+        drafts = np.clip(here, 0, reachable.best)
+        step_ms = self._cost[1 + drafts]
+        late_ms = np.maximum(reachable.lacking_ms[drafts], next_ms - step_ms)
+        onward = self._paused(reachable, reachable.flow, late_ms)
+        values: _Floats = reachable.tokens[drafts] - reachable.rate * step_ms + reachable.stands[drafts] * onward
+        return values
+
+    def _paused(self, reachable: _Reachable, worth: float | _Floats, pause_ms: _Floats) -> _Floats:
+        """What a path is worth now that is worth so much after a pause; one longer than an answer takes is no path."""
+        decoding = (1.0 / self._cost[1] - reachable.rate) * np.maximum(pause_ms - reachable.answer_ms, 0.0)
+        values: _Floats = np.maximum(worth - reachable.rate * pause_ms, np.minimum(worth, 0.0) + decoding)
+        return values
 
     def _reach(self, worth: Sequence[float], outlook: Outlook) -> _Floats:
         acceptance = min(max(outlook.acceptance, _LEAST), _SURE)
@@ -135,29 +208,47 @@ class StepRule:
         reach[0] = 1.0  # part of no plan, but it must not swamp the sums
         return reach
 
-    def _here_in(self, pending: int, next_ms: float, draft_ms: float) -> _Floats:
-        """When the path's first j tokens are here, j = 0, 1, ...; in ms from now."""
-        count = self._until[-1, -1] + 2
-        later = np.maximum(np.arange(count) - pending, 0)
-        here_in: _Floats = np.where(later > 0, next_ms + (later - 1) * draft_ms, 0.0)
-        return here_in
+    def _drafted_ms(self, pending: int, next_ms: float, draft_ms: float) -> _Floats:
+        """When the path's first j tokens could be here, j = 0, 1, ...; in ms from now."""
+        later = np.maximum(np.arange(self._until[-1, -1] + 3) - pending, 0)
+        drafted_ms: _Floats = np.where(later > 0, next_ms + (later - 1) * draft_ms, 0.0)
+        return drafted_ms
 
-    def _took_ms(self, here_in: _Floats, wait_ms: _Floats) -> _Floats:
-        needed = np.where(self._drafts[None, :] > 0, here_in[self._until], 0.0)
-        needed[0] = wait_ms
-        took_ms: _Floats = np.maximum(needed, self._decoding) + self._cost[None, 1:]
+    def _gather(self, here_in: _Floats, pending: int) -> None:
+        """Let tokens that nobody asked for come as they do: in one message just before a step, and then in the next.
+
+        The edge takes all that it has sent to be verified at once, and aims its next message at the end of that; where
+        it has sent nothing, at the end of a decode step.
+        """
+        most = len(self._drafts) - 1
+        at_ms = self._cost[1 + min(pending, most)]
+        if not pending:
+            at_ms *= max(ceil((here_in[1] + _AIMED_MS) / at_ms), 1)
+        count = max(int(np.searchsorted(here_in, at_ms - _AIMED_MS, side="right")) - 1, pending)
+        rows = min(count - pending, most)
+        here_in[pending + 1 : count + 1] = at_ms
+        here_in[count + 1 :] = np.maximum(here_in[count + 1 :], at_ms + self._cost[1 + rows])
+
+    def _took_ms(self, asked_ms: _Floats) -> _Floats:
+        needed = np.where(self._drafts > 0, asked_ms[self._until], 0.0)
+        took_ms: _Floats = np.maximum(needed, self._decoding) + self._cost[1:]
         return took_ms
 
-    def _values(
-        self, reach: _Floats, here_in: _Floats, wait_ms: _Floats, rate: float, flow: float, answer_ms: float
-    ) -> _Floats:
-        gained = np.cumsum(reach)
+    def _values(self, path: _Path, reachable: _Reachable) -> _Floats:
+        gained = np.cumsum(path.reach)
         tokens = self._decodes[:, None] + 1 + gained[self._until] - gained[self._decodes][:, None]
-        took_ms = self._took_ms(here_in, wait_ms)
-        first_to_come = int(np.argmax(here_in > 0.0)) or len(here_in) - 1
-        goes_on_ms = here_in[np.maximum(self._until + 1, first_to_come)]
-        gap_ms = np.maximum(goes_on_ms - took_ms, 0.0)
-        # Where the path goes on later than after a break, self-decoding fills the time.
-        filled = (1.0 / self._cost[1] - rate) * np.maximum(gap_ms - answer_ms, 0.0)
-        values: _Floats = tokens - rate * took_ms + reach[self._until + 1] * np.maximum(flow - rate * gap_ms, filled)
+        took_ms = self._took_ms(path.asked_ms)
+        waits = (self._drafts > 0) & (self._until > path.pending)
+        # An edge that was asked aims its next message at the end of the step that waited for this one.
+        aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
+        goes_on_ms = np.maximum(np.where(waits, aimed_ms[self._until + 2], unasked_ms[self._until + 2]), took_ms)
+        here = np.where(
+            waits,
+            np.searchsorted(aimed_ms, goes_on_ms, side="right"),
+            np.searchsorted(unasked_ms, goes_on_ms, side="right"),
+        )
+        next_ms = np.where(waits, 0.0, unasked_ms[np.minimum(here, len(unasked_ms) - 1)] - goes_on_ms)
+        onward = self._onward(reachable, here - self._until - 2, next_ms)
+        onward = self._paused(reachable, onward, goes_on_ms - took_ms)
+        values: _Floats = tokens - reachable.rate * took_ms + path.reach[self._until + 1] * onward
         return values

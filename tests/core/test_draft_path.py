@@ -1,3 +1,4 @@
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -6,6 +7,7 @@ from shared.core.draft_path import DraftPath
 from shared.core.effects import Draft, Rollback
 from shared.core.errors import LocalProtocolError
 from shared.core.link import Link, LinkSettings
+from shared.core.messages import Commit
 from shared.core.messages import Draft as DraftMessage
 from shared.core.policies import DraftObservation
 
@@ -235,7 +237,12 @@ def test_use_is_the_part_of_recent_drafts_that_steps_accepted() -> None:
 
 def test_message_that_a_step_waits_for_sets_the_clock() -> None:
     path, link = path_of((1,), (5, 6, 7)), Link(LinkSettings())
-    path.clock.committed(0, 0.0, 30.0, rtt_ms=0.0, now=0.0)
     path.lay(1, (5,), num_accepted=0, hold_tokens=2)
+    asking = Commit(1, (5,), verify_ms=30.0, hold_tokens=2)
+    path.committed(asking, rtt_ms=0.0, now=0.0)
     path.send(0, 99, 2.0, now=0.5)
     assert path.observe(2, 99, link, 9, now=0.51).until_step_ms == pytest.approx(20.0)
+    path.committed(asking, rtt_ms=100.0, now=0.52)  # sent before that step ended: it begins when the message lands
+    assert path.observe(2, 99, link, 9, now=0.52).until_step_ms == pytest.approx(10.0)
+    path.committed(replace(asking, hold_tokens=0), rtt_ms=100.0, now=0.56)
+    assert path.observe(2, 99, link, 9, now=0.56).until_step_ms == pytest.approx(20.0 - 10.0 - 100.0 + 100.0 - 10.0 + 20.0)

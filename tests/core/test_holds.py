@@ -119,7 +119,7 @@ class Holding:
     def allot(self, offers: Sequence[Offer]) -> Allotment:
         if any(offer.outlook is None or len(offer.worth) >= 3 for offer in offers):
             return Allotment([offer.prefill_rows + 1 + len(offer.worth) for offer in offers])
-        return Allotment([0] * len(offers), hold_tokens=3, hold_ms=20.0)
+        return Allotment([0] * len(offers), hold_ms=20.0, asked_tokens=3)
 
 
 def holding_table(streams: int = 1) -> SessionTable:
@@ -133,6 +133,42 @@ def holding_table(streams: int = 1) -> SessionTable:
 
 def hear(table: SessionTable, stream: int, now: float) -> list[CloudEffect]:
     return table.receive(stream, Heartbeat(1, 3, draft_ms=5.0, rtt_ms=10.0), now)
+
+
+def test_drafts_are_expected_as_they_were_asked_for() -> None:
+    session = told(session_of())
+    session.asked(3, now=0.0)
+    asking = outlook(session, now=0.01)
+    assert asking.asked_tokens == 3
+    assert asking.asked_ms == pytest.approx(40.0 - 10.0)
+    planned(session, now=0.01)
+    step(session, 9, now=0.02)
+    session.asked(2, now=0.02)  # the same ones: they are on their way
+    asking = outlook(session, now=0.03)
+    assert asking.asked_tokens == 2
+    assert asking.asked_ms == pytest.approx(40.0 - 30.0)
+    session.drafted(draft_on(session, 5), now=0.035)  # sent before the edge heard of it
+    assert outlook(session, now=0.035).asked_tokens == 2
+    session.drafted(draft_on(session, 6, after=(5,)), now=0.04)
+    assert outlook(session, now=0.04).asked_tokens == 0
+    session.asked(0, now=0.05)
+    assert outlook(session, now=0.05).asked_tokens == 0
+
+
+def test_more_than_was_asked_for_must_be_asked_for_anew() -> None:
+    session = told(session_of())
+    session.asked(3, now=0.0)
+    session.asked(4, now=0.02)
+    assert outlook(session, now=0.03).asked_ms == pytest.approx(40.0 - 10.0)
+
+
+def test_after_the_answer_nothing_comes_before_the_next() -> None:
+    session = told(session_of())
+    planned(session)
+    step(session, 9, now=0.0)
+    assert outlook(session, now=0.01).asked_ms == pytest.approx(30.0)
+    session.drafted(draft_on(session, 5), now=0.04)
+    assert outlook(session, now=0.05).asked_ms == pytest.approx(40.0)
 
 
 def test_table_waits_and_goes_on_when_the_wait_is_over() -> None:

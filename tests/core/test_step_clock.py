@@ -2,6 +2,7 @@ from math import inf
 
 import pytest
 
+from shared.core.messages import Commit
 from shared.core.policies import BURST_MESSAGES
 from shared.core.step_clock import NextStep, StepClock
 
@@ -11,11 +12,19 @@ def next_of(clock: StepClock, committed_len: int, sent_len: int, now: float) -> 
     return round(step.until_ms, 6), step.step_ms, step.spare_tokens
 
 
+def committed(
+    clock: StepClock, num_drafted: int, verify_ms: float, now: float, queue_ms: float = 0.0, awaited_len: int = 0
+) -> None:
+    """A commit arrives over a round trip of 20 ms."""
+    commit = Commit(5, (9,), num_drafted=num_drafted, queue_ms=queue_ms, verify_ms=verify_ms)
+    clock.committed(commit, awaited_len, rtt_ms=20.0, now=now)
+
+
 def clock_of(**verify_ms: float) -> StepClock:
     """Steps of n drafts took `_n` ms; the last commit arrived at 1 s over a round trip of 20 ms."""
     clock = StepClock()
     for name, duration_ms in verify_ms.items():
-        clock.committed(int(name[1:]), 0.0, duration_ms, rtt_ms=20.0, now=1.0)
+        committed(clock, int(name[1:]), duration_ms, now=1.0)
     return clock
 
 
@@ -68,24 +77,43 @@ def test_step_that_waited_begins_when_the_message_lands_and_its_wait_is_no_part_
     clock = clock_of(_0=30.0)
     clock.sent(7, is_awaited=True, now=1.1)
     assert clock.next_step(5, 7, now=1.11).until_ms == pytest.approx(20.0)
-    clock.committed(0, 15.0, 30.0, rtt_ms=20.0, now=2.0)
+    committed(clock, 0, 30.0, now=2.0, queue_ms=15.0)
     assert clock.next_step(5, 5, now=2.0).step_ms == 30.0
-    clock.committed(0, 15.0, 30.0, rtt_ms=20.0, now=3.0)
+    committed(clock, 0, 30.0, now=3.0, queue_ms=15.0)
     assert clock.next_step(5, 5, now=3.0).step_ms == 45.0  # others went first
+
+
+def test_drafts_that_were_asked_for_and_sent_begin_a_step_that_comes_after_the_commit() -> None:
+    clock = clock_of(_0=30.0, _4=50.0)
+    clock.sent(9, is_awaited=True, now=1.01)
+    committed(clock, 0, 30.0, now=1.02, awaited_len=9)  # the verifier has decoded meanwhile
+    assert next_of(clock, 5, 9, now=1.02) == (40.0, 50.0, 0)
+    committed(clock, 3, 48.0, now=1.08, queue_ms=10.0)
+    assert clock.error_ms == 0.0  # its wait was for us
+
+
+def test_drafts_that_are_asked_for_again_or_in_greater_number_are_still_to_be_sent() -> None:
+    clock = clock_of(_0=30.0, _4=50.0)
+    clock.sent(9, is_awaited=True, now=1.01)
+    committed(clock, 0, 30.0, now=1.02, awaited_len=10)
+    assert next_of(clock, 5, 9, now=1.02) == (10.0, 30.0, 3)
+    clock.cut(5)
+    committed(clock, 0, 30.0, now=1.02, awaited_len=9)
+    assert next_of(clock, 5, 5, now=1.02) == (10.0, 30.0, 0)
 
 
 def test_error_is_how_far_steps_are_from_their_like() -> None:
     clock = clock_of(_0=30.0)
-    clock.committed(0, 0.0, 34.0, rtt_ms=20.0, now=1.0)
+    committed(clock, 0, 34.0, now=1.0)
     assert clock.error_ms == pytest.approx(1.0)
-    clock.committed(3, 0.0, 90.0, rtt_ms=20.0, now=1.0)  # the first of its kind
+    committed(clock, 3, 90.0, now=1.0)  # the first of its kind
     assert clock.error_ms == pytest.approx(0.75)
 
 
 def test_interval_between_commits_is_smoothed_and_grows_while_one_is_missing() -> None:
     clock = clock_of(_0=30.0)
     assert clock.interval_at(1.0) == 0.0
-    clock.committed(0, 0.0, 30.0, rtt_ms=20.0, now=1.04)
+    committed(clock, 0, 30.0, now=1.04)
     assert clock.interval_at(1.041) == pytest.approx(10.0)  # from 0, by a quarter
     assert clock.interval_at(1.1) == pytest.approx(60.0)
 
@@ -103,7 +131,7 @@ def test_three_commits_pay_for_four_messages_and_a_few_are_saved_up() -> None:
         clock.sent(9, is_awaited=False, now=1.0)
     assert clock.credit == 0.0
     for count in range(1, BURST_MESSAGES + 3):
-        clock.committed(0, 0.0, 30.0, rtt_ms=20.0, now=1.0 + 0.03 * count)
+        committed(clock, 0, 30.0, now=1.0 + 0.03 * count)
         assert clock.credit == pytest.approx(min(count * 4 / 3, BURST_MESSAGES))
     clock.sent(9, is_awaited=False, now=2.0)
     assert clock.credit == BURST_MESSAGES - 1
@@ -114,7 +142,7 @@ def test_commits_of_very_short_steps_pay_for_a_part_of_a_message() -> None:
     for _ in range(BURST_MESSAGES):
         clock.sent(9, is_awaited=False, now=1.0)
     for count in range(4):
-        clock.committed(0, 0.0, 5.0, rtt_ms=20.0, now=1.0 + 0.005 * count)
+        committed(clock, 0, 5.0, now=1.0 + 0.005 * count)
     assert clock.credit == pytest.approx(4 / 3 + 3 * 5 / 15)
 
 

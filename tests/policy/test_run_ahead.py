@@ -37,9 +37,9 @@ def test_fast_drafts_come_in_chunks_that_no_commit_waits_long_for(draft_ms: floa
 
 def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
     fast = replace(SEEN, draft_ms=0.5)
-    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.0)) == 4  # a millisecond before
-    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.0, jitter_ms=0.5)) == 2
-    assert RunAhead().draft_tokens(replace(fast, until_step_ms=1.2)) == 1
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.5)) == 4  # a millisecond and a half before
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=3.5, jitter_ms=0.5)) == 2
+    assert RunAhead().draft_tokens(replace(fast, until_step_ms=1.7)) == 1
     assert RunAhead().draft_tokens(replace(fast, until_step_ms=0.5)) == 8  # it is over
     assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=2, ahead_tokens=2)) == 3
     assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=4, ahead_tokens=4)) == 1
@@ -67,7 +67,7 @@ def test_verifier_bounds_the_depth() -> None:
 
 
 def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
-    useless = replace(SEEN, use=0.01)
+    useless = replace(SEEN, use=0.009)
     assert RunAhead().draft_tokens(replace(SEEN, acceptance=0.09, settled_tokens=64)) == 1
     drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
     assert drafting == ([True] * 16 + [False] * 48) * 2
@@ -92,7 +92,7 @@ def test_low_duty_wants_more_use_and_surer_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("until_step_ms", "jitter_ms", "wait_ms"), [(20.0, 0.0, 19.0), (20.0, 3.0, 13.0), (0.5, 0.0, 0.0)]
+    ("until_step_ms", "jitter_ms", "wait_ms"), [(20.0, 0.0, 18.5), (20.0, 3.0, 12.5), (0.5, 0.0, 0.0)]
 )
 def test_message_waits_until_it_lands_just_before_the_next_step(
     until_step_ms: float, jitter_ms: float, wait_ms: float
@@ -103,8 +103,8 @@ def test_message_waits_until_it_lands_just_before_the_next_step(
 
 def test_a_step_gets_one_message() -> None:
     seen = replace(SEEN, until_step_ms=5.0, jitter_ms=3.0, unsent_tokens=1, interval_ms=1.0)
-    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=2.0), is_drafting=True) == pytest.approx(28.0)
-    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=3.0), is_drafting=True) == 0.0
+    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=2.9), is_drafting=True) == pytest.approx(27.5)
+    assert RunAhead().send_in_ms(replace(seen, since_sent_ms=3.1), is_drafting=True) == 0.0
 
 
 def test_step_that_has_enough_needs_no_message() -> None:

@@ -111,7 +111,7 @@ SOON = Outlook(acceptance=0.8, draft_ms=1.0, rtt_ms=8.0, unknown_tokens=0, next_
 def test_session_alone_is_held_for_drafts_that_are_worth_it() -> None:
     policy = BestRate(lambda rows: 30.0 + rows, 64)
     allotment = policy.allot([replace(offer(), outlook=SOON)])
-    assert (allotment.rows, allotment.hold_tokens) == ([0], 6)
+    assert (allotment.rows, allotment.asked_tokens) == ([0], 6)
     assert allotment.hold_ms == pytest.approx(8.0 + 6.0 + 3.0 + 0.25 * 8.0)  # with some slack
 
 

@@ -45,7 +45,7 @@ class FixedSteps:
         (offer,), setting = offers, self._setting
         left_ms = min(setting.patience_ms, 250.0) - offer.waited_ms  # at the end of the text the edge stops
         if len(offer.worth) < setting.hold and left_ms > 1e-6 and offer.outlook is not None and not offer.prefill_rows:
-            return Allotment([0], setting.hold, left_ms)
+            return Allotment([0], left_ms, setting.hold)
         return Allotment([offer.prefill_rows + 1 + min(len(offer.worth), setting.rows)])
 
 
