@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from math import prod
 
 _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in the next one
-# One of them is the prior, so that each answer begins with drafts: a draft that never was right gets another chance, and
-# its engine reads the prompt, for local text.
+# One of them is the prior, so that each answer begins with drafts: a draft that never was right gets another chance,
+# and its engine reads the prompt, for local text.
 _DOUBTED_TOKENS = 1.0
 
 

@@ -29,7 +29,8 @@ class Forecast:
     """Where the path is known to stand, and from when on its next tokens arrive."""
 
     __slots__ = (
-        "_arrived_at", "_asked_at", "_asked_len", "_commits", "_every_ms", "_known_at", "_known_len", "_late_ms", "_step_ms", "draft_ms", "rtt_ms",
+        "_arrived_at", "_asked_at", "_asked_len", "_commits", "_every_ms", "_known_at", "_known_len", "_late_ms",
+        "_step_ms", "draft_ms", "rtt_ms",
     )  # fmt: skip
 
     def __init__(self, length: int, now: float) -> None:

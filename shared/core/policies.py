@@ -76,8 +76,9 @@ class Outlook:
     `acceptance` is the probability that the next token of a path that stands is right, `draft_ms` the edge's time to
     draft one, `rtt_ms` from a commit to the arrival of what was drafted at once on hearing of it. The first
     `unknown_tokens` of the path on its way are committed already: only if they agree is the rest of use. The first
-    useful token is expected in `next_ms`. Of those that are not here, the first `asked_tokens` of the path come together
-    in `asked_ms`, for a commit has asked for them; with 0, none comes before that. A step has room for `most_drafts`.
+    useful token is expected in `next_ms`. Of those that are not here, the first `asked_tokens` of the path come
+    together in `asked_ms`, for a commit has asked for them; with 0, none comes before that. A step has room for
+    `most_drafts`.
     """
 
     acceptance: float

@@ -51,8 +51,8 @@ class StepClock:
     def committed(self, commit: Commit, awaited_len: int, rtt_ms: float, now: float) -> None:
         """A commit arrived: the next step began when it was sent.
 
-        If it waits for drafts up to `awaited_len` (0: for none), it begins when these land, in case they were sent. What
-        a step waits for other than these is part of it.
+        If it waits for drafts up to `awaited_len` (0: for none), it begins when these land, in case they were sent.
+        What a step waits for other than these is part of it.
         """
         num_drafted, queue_ms, verify_ms = commit.num_drafted, commit.queue_ms, commit.verify_ms
         step_ms = verify_ms + (0.0 if self._is_awaited else queue_ms)

@@ -63,8 +63,9 @@ class Choice:
 class _Reachable:
     """The best rate, tokens per ms, the time from a break to the next draft, and what a path that stands is worth.
 
-    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n drafts commits `tokens[n]`
-    of them, its path stands behind that with probability `stands[n]`, and `lacking_ms[n]` later the next `best` are here.
+    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n drafts commits
+    `gains[n]` more than `rate` would, the path stands behind it with probability `stands[n]`, and the next `best` are
+    here `lacking_ms[n]` after it.
     """
 
     rate: float
@@ -72,7 +73,7 @@ class _Reachable:
     flow: float
     flow_ms: float
     best: int
-    tokens: _Floats
+    gains: _Floats
     stands: _Floats
     lacking_ms: _Floats
 
@@ -103,6 +104,9 @@ class StepRule:
         self._drafts = np.arange(len(self._cost) - 1)
         self._decodes = np.arange(_MOST_DECODES + 1)
         self._until = self._decodes[:, None] + self._drafts[None, :]  # (s, n): tokens of the path up to the plan's end
+        self._bonus, self._after = self._until + 1, self._until + 2  # the plan's own token, and the first that goes on
+        self._tokens = np.arange(self._until[-1, -1] + 3)
+        self._verifies = np.broadcast_to(self._drafts > 0, self._until.shape)
         self._decoding = self._decodes[:, None] * self._cost[1]
         self._solved: dict[tuple[float, ...], _Reachable] = {}
 
@@ -122,8 +126,7 @@ class StepRule:
             self._gather(unasked_ms, len(worth))
         path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms)
         values = self._values(path, reachable)
-        idles = (self._drafts > 0) & (asked_ms[self._until] > self._decoding)
-        values -= np.where(idles, _DOUBT, 0.0)
+        values -= _DOUBT * (self._verifies & (asked_ms.take(self._until) > self._decoding))
         values[:, outlook.most_drafts + 1 :] = -np.inf
         if not may_decode:
             values[1:] = -np.inf
@@ -141,7 +144,7 @@ class StepRule:
         if found is not None:
             return found
         acceptance, draft_ms, rtt_ms = key
-        reach = np.power(acceptance, np.arange(self._until[-1, -1] + 2))
+        reach = np.power(acceptance, self._tokens)
         asked_ms = self._drafted_ms(0, rtt_ms + draft_ms, draft_ms)
         unasked_ms = asked_ms.copy()
         self._gather(unasked_ms, 0)
@@ -173,7 +176,8 @@ class StepRule:
         flow = max(float(values[best]), 0.0)
         flow_ms = float(step_ms[best] / (1.0 - stands[best])) if flow > 0.0 else 0.0
         lacking_ms = np.maximum(best - np.floor(self._cost[1:] / draft_ms), 0.0) * draft_ms
-        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, tokens, stands, lacking_ms)
+        gains = tokens - rate * self._cost[1:]
+        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, gains, stands, lacking_ms)
 
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
         """What a path is worth with so many tokens here, and further ones in `next_ms`.
@@ -182,26 +186,26 @@ class StepRule:
         """
         later = self._verified(reachable, here - 1, next_ms - self._cost[1])
         decoding = 1.0 - reachable.rate * self._cost[1] + reachable.stands[0] * later
-        return np.maximum(self._verified(reachable, here, next_ms), decoding)
+        values: _Floats = np.maximum(self._verified(reachable, here, next_ms), decoding)
+        return values
 
     def _verified(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
-        drafts = np.clip(here, 0, reachable.best)
-        step_ms = self._cost[1 + drafts]
-        late_ms = np.maximum(reachable.lacking_ms[drafts], next_ms - step_ms)
+        drafts = np.minimum(np.maximum(here, 0), reachable.best)
+        late_ms = np.maximum(reachable.lacking_ms.take(drafts), next_ms - self._cost.take(1 + drafts))
         onward = self._paused(reachable, reachable.flow, late_ms)
-        values: _Floats = reachable.tokens[drafts] - reachable.rate * step_ms + reachable.stands[drafts] * onward
+        values: _Floats = reachable.gains.take(drafts) + reachable.stands.take(drafts) * onward
         return values
 
     def _paused(self, reachable: _Reachable, worth: float | _Floats, pause_ms: _Floats) -> _Floats:
         """What a path is worth now that is worth so much after a pause; one longer than an answer takes is no path."""
         decoding = (1.0 / self._cost[1] - reachable.rate) * np.maximum(pause_ms - reachable.answer_ms, 0.0)
-        values: _Floats = np.maximum(worth - reachable.rate * pause_ms, np.minimum(worth, 0.0) + decoding)
+        values: _Floats = np.maximum(worth - reachable.rate * pause_ms, decoding + np.minimum(worth, 0.0))
         return values
 
     def _reach(self, worth: Sequence[float], outlook: Outlook) -> _Floats:
         acceptance = min(max(outlook.acceptance, _LEAST), _SURE)
         known = min(len(worth), len(self._drafts) - 1)
-        reach: _Floats = np.power(acceptance, np.arange(self._until[-1, -1] + 2) - known, dtype=np.float64)
+        reach: _Floats = np.power(acceptance, self._tokens - known, dtype=np.float64)
         survives = acceptance**outlook.unknown_tokens
         reach *= worth[known - 1] if known else survives
         reach[1 : known + 1] = worth[:known]
@@ -210,8 +214,8 @@ class StepRule:
 
     def _drafted_ms(self, pending: int, next_ms: float, draft_ms: float) -> _Floats:
         """When the path's first j tokens could be here, j = 0, 1, ...; in ms from now."""
-        later = np.maximum(np.arange(self._until[-1, -1] + 3) - pending, 0)
-        drafted_ms: _Floats = np.where(later > 0, next_ms + (later - 1) * draft_ms, 0.0)
+        drafted_ms: _Floats = self._tokens * draft_ms + (next_ms - (pending + 1) * draft_ms)
+        drafted_ms[: pending + 1] = 0.0
         return drafted_ms
 
     def _gather(self, here_in: _Floats, pending: int) -> None:
@@ -230,25 +234,21 @@ class StepRule:
         here_in[count + 1 :] = np.maximum(here_in[count + 1 :], at_ms + self._cost[1 + rows])
 
     def _took_ms(self, asked_ms: _Floats) -> _Floats:
-        needed = np.where(self._drafts > 0, asked_ms[self._until], 0.0)
-        took_ms: _Floats = np.maximum(needed, self._decoding) + self._cost[1:]
+        needed_ms = asked_ms.take(self._until) * self._verifies
+        took_ms: _Floats = np.maximum(needed_ms, self._decoding) + self._cost[1:]
         return took_ms
 
     def _values(self, path: _Path, reachable: _Reachable) -> _Floats:
         gained = np.cumsum(path.reach)
-        tokens = self._decodes[:, None] + 1 + gained[self._until] - gained[self._decodes][:, None]
+        tokens = gained.take(self._until) - (gained[: len(self._decodes)] - self._decodes - 1.0)[:, None]
         took_ms = self._took_ms(path.asked_ms)
-        waits = (self._drafts > 0) & (self._until > path.pending)
+        waits = self._verifies & (self._until > path.pending)
         # An edge that was asked aims its next message at the end of the step that waited for this one.
         aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
-        goes_on_ms = np.maximum(np.where(waits, aimed_ms[self._until + 2], unasked_ms[self._until + 2]), took_ms)
-        here = np.where(
-            waits,
-            np.searchsorted(aimed_ms, goes_on_ms, side="right"),
-            np.searchsorted(unasked_ms, goes_on_ms, side="right"),
-        )
-        next_ms = np.where(waits, 0.0, unasked_ms[np.minimum(here, len(unasked_ms) - 1)] - goes_on_ms)
-        onward = self._onward(reachable, here - self._until - 2, next_ms)
+        goes_on_ms = np.maximum(np.where(waits, aimed_ms.take(self._after), unasked_ms.take(self._after)), took_ms)
+        here = np.where(waits, aimed_ms.searchsorted(goes_on_ms, "right"), unasked_ms.searchsorted(goes_on_ms, "right"))
+        next_ms = np.where(waits, 0.0, unasked_ms.take(here, mode="clip") - goes_on_ms)
+        onward = self._onward(reachable, here - self._after, next_ms)
         onward = self._paused(reachable, onward, goes_on_ms - took_ms)
-        values: _Floats = tokens - reachable.rate * took_ms + path.reach[self._until + 1] * onward
+        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * onward
         return values

@@ -46,7 +46,8 @@ def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "depth"), [(0.0, 0), (0.09, 0), (0.11, 2), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)]
+    ("acceptance", "depth"),
+    [(0.0, 0), (0.09, 0), (0.11, 2), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)],
 )
 def test_depth_ends_where_a_token_is_hardly_worth_drafting(acceptance: float, depth: int) -> None:
     drafted = 0

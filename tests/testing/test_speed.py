@@ -149,8 +149,19 @@ def test_controllers_are_near_the_limit_and_never_below_cloud_only(cell: Cell) -
     assert compared.vs_cloud_only > 0.97
 
 
-def test_controllers_are_near_the_limit_where_drafts_are_good() -> None:
-    compared = compare(Cell("flat", 5.0, 20.0, inf, 0.97), seed=1)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell("flat", 5.0, 20.0, inf, 0.97),
+        # Worth asking ahead for: on the last three the edge aimed at a step and missed it (1.13 to 1.17).
+        Cell("flat", 1.0, 20.0, inf, 0.97),
+        Cell("flat", 1.0, 50.0, inf, 0.97),
+        Cell("flat", 0.05, 50.0, SLOW_RATE, 0.97),
+    ],
+    ids=str,
+)
+def test_controllers_are_near_the_limit_where_drafts_are_good(cell: Cell) -> None:
+    compared = compare(cell, seed=1)
     assert compared.vs_best_fixed < 1.07
 
 
