@@ -338,7 +338,7 @@ class CloudSession:
             next_ms=forecast.next_ms(length + self._tree.path_len, now),
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
-            asked_tokens=forecast.asked_tokens(length),
+            asked_tokens=forecast.asked_tokens(length, now),
         )
 
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:

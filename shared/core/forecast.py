@@ -22,6 +22,7 @@ from math import inf
 _GAIN = 0.25
 _FADING = 0.98
 _REMEMBERED = 64  # commits; older ones are answered by now
+_OVERDUE_MS, _OVERDUE_SHARE = 3.0, 0.25  # of an answer: drafts that were asked for and are later will not come
 _LATE = 0.3  # of the usual time between messages: one that is later does not count as due any more
 
 
@@ -65,18 +66,18 @@ class Forecast:
 
     def asked(self, length: int, now: float) -> None:
         """A commit asks for drafts up to this length, 0: for none; what was asked before keeps its time."""
-        if length != self._asked_len:
+        if length != self._asked_len or not self.asked_tokens(0, now):
             self._asked_len, self._asked_at = length, now
 
-    def asked_tokens(self, committed_len: int) -> int:
-        """How many drafts will come together, as they were asked for."""
-        return max(self._asked_len - committed_len, 0)
+    def asked_tokens(self, committed_len: int, now: float) -> int:
+        """How many drafts will come together, as they were asked for; 0 when no wait for them would still go on."""
+        is_expected = self._asked_in_ms(now) > -_OVERDUE_MS - _OVERDUE_SHARE * self.answer_ms
+        return max(self._asked_len - committed_len, 0) if is_expected else 0
 
     def asked_ms(self, now: float) -> float:
         """Until drafts are here that a commit has asked for, or could have asked for, or that are due unasked."""
-        if self._asked_len:
-            asked_ms = (self._asked_at - now) * 1000 + self.answer_ms
-            return max(asked_ms, self._expected_ms(self._asked_len - 1, now))
+        if self.asked_tokens(0, now):
+            return self._asked_in_ms(now)
         committed_at = self._commits[-1][1] if self._commits else -inf
         asked_ms = (committed_at - now) * 1000 + self.answer_ms if self._commits else 0.0
         if self._arrived_at > committed_at:  # the answer was that
@@ -122,6 +123,10 @@ class Forecast:
             self._arrived_at = -inf
             self._known_len, sent_at = self._commits[index]
             self._known_at = sent_at + self.answer_ms / 1000
+
+    def _asked_in_ms(self, now: float) -> float:
+        asked_ms = (self._asked_at - now) * 1000 + self.answer_ms
+        return max(asked_ms, self._expected_ms(self._asked_len - 1, now))
 
     def _expected_ms(self, length: int, now: float) -> float:
         return (self._known_at - now) * 1000 + (length - self._known_len + 1) * self.draft_ms

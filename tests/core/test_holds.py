@@ -162,6 +162,15 @@ def test_more_than_was_asked_for_must_be_asked_for_anew() -> None:
     assert outlook(session, now=0.03).asked_ms == pytest.approx(40.0 - 10.0)
 
 
+def test_drafts_that_were_asked_for_in_vain_are_expected_no_more() -> None:
+    session = told(session_of())
+    session.asked(3, now=0.0)
+    assert outlook(session, now=0.04 + 0.012).asked_tokens == 3
+    assert outlook(session, now=0.04 + 0.014).asked_tokens == 0
+    session.asked(3, now=0.06)  # anew
+    assert outlook(session, now=0.07).asked_ms == pytest.approx(30.0)
+
+
 def test_after_the_answer_nothing_comes_before_the_next() -> None:
     session = told(session_of())
     planned(session)

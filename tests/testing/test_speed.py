@@ -165,6 +165,19 @@ def test_controllers_are_near_the_limit_where_drafts_are_good(cell: Cell) -> Non
     assert compared.vs_best_fixed < 1.07
 
 
+class Silent(RunAhead):
+    """Answers nothing after the first tokens, although its drafts were good."""
+
+    def draft_tokens(self, seen: DraftObservation) -> int:
+        return super().draft_tokens(seen) if seen.settled_tokens < WARM_UP else 0
+
+
+@pytest.mark.parametrize(("curve", "rtt_ms"), [("flat", 20.0), ("flat", 50.0), ("steep", 20.0), ("steep", 5.0)])
+def test_an_edge_that_falls_silent_costs_no_more_than_cloud_only(curve: str, rtt_ms: float) -> None:
+    compared = compare(Cell(curve, 1.0, rtt_ms, inf, 0.97), seed=1, policy=Silent(), warm_up_tokens=WARM_UP + 50)
+    assert compared.vs_cloud_only > 0.97
+
+
 def test_energy_knob_trades_drafts_for_time() -> None:
     cell = Cell("flat", 5.0, 50.0, inf, 0.6)
     full, saving = (compare(cell, 1, policy=RunAhead(draft_duty=duty)).ours for duty in (1.0, 0.5))
