@@ -43,7 +43,7 @@ _MOST_DECODES = 16
 _DOUBT = 0.05  # tokens: a step that waits may wait in vain, one that does not cannot
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
-_AIMED_MS = 2.0  # so long before a step its message is complete: later drafts are not in it
+_AIMED_MS = 1.5  # so long before a step its message is complete: later drafts are not in it
 _MOST_ROUNDS = 20
 
 

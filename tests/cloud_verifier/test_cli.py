@@ -37,7 +37,7 @@ def environ() -> dict[str, str]:
 
 def run(*arguments: object, program: Sequence[str] = ("-m", "cloud_verifier")) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environ(), check=False)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environ(), check=False)
 
 
 def test_config_prints_the_defaults_with_their_comments() -> None:

@@ -159,6 +159,6 @@ async def answer(
     return shown
 
 
-def run(coroutine: Any, timeout_s: float = 120.0) -> Any:
+def run(coroutine: Any, timeout_s: float = 550.0) -> Any:
     """A coroutine to its end, or a failure instead of a hang."""
     return asyncio.run(asyncio.wait_for(coroutine, timeout_s))

@@ -13,7 +13,7 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, str(BENCH), *arguments], capture_output=True, text=True, timeout=550, check=False
     )
 
 

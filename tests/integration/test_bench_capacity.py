@@ -10,7 +10,7 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCH), "capacity", *arguments], capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, str(BENCH), "capacity", *arguments], capture_output=True, text=True, timeout=550, check=False
     )
 
 

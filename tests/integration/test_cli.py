@@ -27,7 +27,7 @@ def environ() -> dict[str, str]:
 def edge(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     argv = [str(BIN / "edge-agent"), *map(str, arguments)]
     return subprocess.run(
-        argv, capture_output=True, text=True, timeout=120, env={**environ(), **variables}, check=False
+        argv, capture_output=True, text=True, timeout=550, env={**environ(), **variables}, check=False
     )
 
 
@@ -57,7 +57,6 @@ async def verifier_process(*arguments: str) -> AsyncIterator[str]:
         assert await process.wait() == 0
 
 
-@pytest.mark.timeout(180)
 def test_answer_through_two_processes() -> None:
     async def main() -> list[dict[str, object]]:
         async with verifier_process("--dtype", "float32") as address:
@@ -70,7 +69,7 @@ def test_answer_through_two_processes() -> None:
             assert process.returncode == 0
             return [json.loads(line) for line in output.decode().splitlines()]
 
-    events = run(main(), timeout_s=170)
+    events = run(main(), timeout_s=550)
     tokens = [event for event in events if event["event"] == "tokens"]
     assert sum(len(event["tokens"]) for event in tokens) == 24
     assert {source for event in tokens for source in event["provenance"]} <= {"accepted", "cloud"}
@@ -88,7 +87,7 @@ def test_text_goes_to_standard_output_and_nothing_else() -> None:
 def test_prompt_from_standard_input() -> None:
     result = subprocess.run(
         [BIN / "edge-agent", "run", "-", "--local", "--max-new-tokens", "4"],
-        input="Why is the sky blue?", capture_output=True, text=True, timeout=60, env=environ(), check=True,
+        input="Why is the sky blue?", capture_output=True, text=True, timeout=550, env=environ(), check=True,
     )  # fmt: skip
     assert result.stdout.strip()
 

@@ -60,11 +60,11 @@ async def check_six(
     assert sum(one.provenance.count(Provenance.ACCEPTED) for one in shown) > 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_six_edges_at_a_time_each_get_the_targets_text(
     target: Target, plain_target: PlainTarget, drafts: list[LoadedDraft]
 ) -> None:
-    run(check_six(target, plain_target, drafts, "idle", True, 24), timeout_s=280)
+    run(check_six(target, plain_target, drafts, "idle", True, 24), timeout_s=880)
 
 
 @pytest.mark.slow
@@ -109,9 +109,9 @@ async def check_idle(path: Path, plain: PlainTarget, count: int) -> None:
         assert list(edge.text) == plain.stream(prompt, GREEDY, 5, frozenset())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_idle_edges_cost_no_cache_and_go_on_rightly(default_model_path: Path, plain_target: PlainTarget) -> None:
-    run(check_idle(default_model_path, plain_target, 24), timeout_s=280)
+    run(check_idle(default_model_path, plain_target, 24), timeout_s=880)
 
 
 @pytest.mark.slow

@@ -55,22 +55,22 @@ async def check(
         assert expected == shown.tokens, mode
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prompt", PROMPTS[:2])
 def test_text_is_the_targets_own_in_every_mode(
     target: Target, plain_target: PlainTarget, draft: LoadedDraft, prompt: str, sampling: Sampling
 ) -> None:
-    run(check(target, plain_target, draft, prompt, sampling, 20), timeout_s=280)
+    run(check(target, plain_target, draft, prompt, sampling, 20), timeout_s=880)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_text_is_the_llama_cpp_targets_own(
     llama_cpp_target: Target, plain_llama_cpp_target: PlainLlamaCpp, draft: LoadedDraft, sampling: Sampling
 ) -> None:
     modes = [mode for mode in MODES if mode[0]]
-    run(check(llama_cpp_target, plain_llama_cpp_target, draft, PROMPTS[2], sampling, 16, modes), timeout_s=280)
+    run(check(llama_cpp_target, plain_llama_cpp_target, draft, PROMPTS[2], sampling, 16, modes), timeout_s=880)
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ class TestLoading:
             "print(load_target(config.target, lambda *_: None).runtime)\n"
         )
         argv = [sys.executable, "-c", program, str(tiny), str(tmp_path)]
-        result = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
         assert (result.returncode, result.stdout, result.stderr) == (0, "llama_cpp\n", "")
 
 
