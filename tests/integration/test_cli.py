@@ -81,7 +81,9 @@ def test_answer_through_two_processes() -> None:
 def test_text_goes_to_standard_output_and_nothing_else() -> None:
     result = edge("run", "Why is the sky blue?", "--local", "--max-new-tokens", "8")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("The sky")
+    # Which words is up to the CPU's kernels: "The sky" with AVX-512, "The answer to this question" without.
+    assert result.stdout.startswith("The ")
+    assert 3 <= len(result.stdout.split()) <= 8
 
 
 def test_prompt_from_standard_input() -> None:
