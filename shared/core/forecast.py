@@ -66,17 +66,16 @@ class Forecast:
 
     def asked(self, length: int, now: float) -> None:
         """A commit asks for drafts up to this length, 0: for none; what was asked before keeps its time."""
-        if length != self._asked_len or not self.asked_tokens(0, now):
+        if length != self._asked_len or not self._is_asked(now):
             self._asked_len, self._asked_at = length, now
 
     def asked_tokens(self, committed_len: int, now: float) -> int:
         """How many drafts will come together, as they were asked for; 0 when no wait for them would still go on."""
-        is_expected = self._asked_in_ms(now) > -_OVERDUE_MS - _OVERDUE_SHARE * self.answer_ms
-        return max(self._asked_len - committed_len, 0) if is_expected else 0
+        return max(self._asked_len - committed_len, 0) if self._is_asked(now) else 0
 
     def asked_ms(self, now: float) -> float:
         """Until drafts are here that a commit has asked for, or could have asked for, or that are due unasked."""
-        if self.asked_tokens(0, now):
+        if self._is_asked(now):
             return self._asked_in_ms(now)
         committed_at = self._commits[-1][1] if self._commits else -inf
         asked_ms = (committed_at - now) * 1000 + self.answer_ms if self._commits else 0.0
@@ -123,6 +122,10 @@ class Forecast:
             self._arrived_at = -inf
             self._known_len, sent_at = self._commits[index]
             self._known_at = sent_at + self.answer_ms / 1000
+
+    def _is_asked(self, now: float) -> bool:
+        """Whether a commit has asked for drafts, and a wait for them would still go on."""
+        return self._asked_len > 0 and self._asked_in_ms(now) > -_OVERDUE_MS - _OVERDUE_SHARE * self.answer_ms
 
     def _asked_in_ms(self, now: float) -> float:
         asked_ms = (self._asked_at - now) * 1000 + self.answer_ms

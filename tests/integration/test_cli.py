@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from cloud_verifier.engines import Target
 from shared.testing.engines import HashModel, ToyTarget
@@ -81,9 +82,9 @@ def test_answer_through_two_processes() -> None:
 def test_text_goes_to_standard_output_and_nothing_else() -> None:
     result = edge("run", "Why is the sky blue?", "--local", "--max-new-tokens", "8")
     assert (result.returncode, result.stderr) == (0, "")
-    # Which words is up to the CPU's kernels: "The sky" with AVX-512, "The answer to this question" without.
-    assert result.stdout.startswith("The ")
-    assert 3 <= len(result.stdout.split()) <= 8
+    # Which words is up to the CPU's kernels.
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert result.stdout.startswith("The sky" if has_avx512 else "The answer to this question")
 
 
 def test_prompt_from_standard_input() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from edge_agent.config import DraftConfig, load_edge_config
 from edge_agent.engines import load_draft, onnx_builder
@@ -53,8 +54,10 @@ def test_with_n_grams_a_model_drafts_the_same(
         loaded.engine.close()
     assert found[f"ngram+{model}"].sources.count("ngram") >= 4
     alone, together = (proposal.tokens for proposal in found.values())
-    # Another batch shape may flip a near-tie after that: without AVX-512 ONNX's kernels did at the fifth token.
-    assert together[:4] == alone[:4]
+    # Another batch shape may flip a near-tie after that; without AVX-512 ONNX's kernels did at the fifth token.
+    flips_early = model == "onnx" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    same = 4 if flips_early else 12
+    assert together[:same] == alone[:same]
 
 
 def test_n_grams_alone_need_a_tokenizer_only(default_model_path: Path, prepared_onnx: Prepared, tmp_path: Path) -> None:

@@ -139,24 +139,18 @@ def test_a_dtype_that_is_not_offered_is_refused() -> None:
 
 @pytest.mark.skipif(not can_pack(), reason="oneDNN's packed layers are for x86")
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_layer_is_the_plain_one(bias: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "widens"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_a_packed_layer_is_the_plain_one(
+    bias: bool, dtype: torch.dtype, widens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if widens:  # as a CPU does that cannot multiply in bfloat16
+        monkeypatch.setattr("cloud_verifier.engines.packed_linear._multiplies_bfloat16", lambda: False)
     plain = torch.nn.Linear(48, 80, bias=bias, dtype=dtype)
     packed = PackedLinear(plain)
     for count in (1, 3, 17):
         inputs = torch.randn(1, count, 48, dtype=dtype)
         with torch.inference_mode():
             torch.testing.assert_close(packed(inputs), plain(inputs))
-
-
-@pytest.mark.skipif(not can_pack(), reason="oneDNN's packed layers are for x86")
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_cpu_that_cannot_multiply_in_bfloat16_widens_it(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloud_verifier.engines.packed_linear._multiplies_bfloat16", lambda: False)
-    plain = torch.nn.Linear(48, 80, bias=bias, dtype=torch.bfloat16)
-    inputs = torch.randn(1, 3, 48, dtype=torch.bfloat16)
-    with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(plain)(inputs), plain(inputs))
 
 
 @pytest.mark.models

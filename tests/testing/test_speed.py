@@ -140,6 +140,11 @@ def test_grid_covers_what_is_promised() -> None:
         Cell("steep", 0.05, 5.0, inf, 0.3),
         Cell("steep", 20.0, 50.0, inf, 0.9),
         Cell("flat", 5.0, 50.0, SLOW_RATE, 0.6),
+        Cell("flat", 5.0, 20.0, inf, 0.97),
+        # Worth asking ahead for: on these the edge aimed at a step and missed it (1.12 to 1.17).
+        Cell("flat", 1.0, 20.0, inf, 0.97),
+        Cell("flat", 1.0, 50.0, inf, 0.97),
+        Cell("flat", 0.05, 50.0, SLOW_RATE, 0.97),
     ],
     ids=str,
 )
@@ -147,22 +152,6 @@ def test_controllers_are_near_the_limit_and_never_below_cloud_only(cell: Cell) -
     compared = compare(cell, seed=1)
     assert compared.vs_best_fixed < 1.07
     assert compared.vs_cloud_only > 0.97
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        Cell("flat", 5.0, 20.0, inf, 0.97),
-        # Worth asking ahead for: on the last three the edge aimed at a step and missed it (1.13 to 1.17).
-        Cell("flat", 1.0, 20.0, inf, 0.97),
-        Cell("flat", 1.0, 50.0, inf, 0.97),
-        Cell("flat", 0.05, 50.0, SLOW_RATE, 0.97),
-    ],
-    ids=str,
-)
-def test_controllers_are_near_the_limit_where_drafts_are_good(cell: Cell) -> None:
-    compared = compare(cell, seed=1)
-    assert compared.vs_best_fixed < 1.07
 
 
 class Silent(RunAhead):
