@@ -124,6 +124,7 @@ def cloud_to_wire(message: CloudMessage) -> pb.CloudMessage:
                 verify_ms=round(message.verify_ms),
                 max_ahead=message.max_ahead,
                 hold_tokens=message.hold_tokens,
+                is_holding=message.is_holding,
             )
             return pb.CloudMessage(commit=commit)
         case NeedTokens():
@@ -332,6 +333,7 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         verify_ms=float(wire.verify_ms),
         max_ahead=_integer("Commit.max_ahead", wire.max_ahead),
         hold_tokens=_integer("Commit.hold_tokens", wire.hold_tokens),
+        is_holding=wire.is_holding,
     )
 
 

@@ -212,6 +212,8 @@ class CloudSession:
         log_len, settings = len(self.log), self._settings
         if self._step is not None or self.finish is not Finish.NONE:
             return None
+        if self._held_until is not None and now >= self._held_until:
+            self._held_until = inf
         if log_len - self._acked_len >= settings.window_tokens:
             return None
         tables = self._calibration.table, self._sibling_calibration.table
@@ -221,8 +223,6 @@ class CloudSession:
         if not worth and not prefill_rows and decodes is Decodes.NEVER:
             return None
         weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
-        if self._held_until is not None and now >= self._held_until:
-            self._held_until = inf
         return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
 
     def hold(self, until: float) -> None:
@@ -323,7 +323,7 @@ class CloudSession:
             return Decodes.FREELY
         return Decodes.SPARE if self._settings.self_decode is SelfDecode.IDLE else Decodes.NEVER
 
-    def outlook(self, now: float) -> Outlook | None:
+    def outlook(self, now: float, *, may_ask: bool = False) -> Outlook | None:
         """What is known, at an offer, of the drafts to come; None where no step should wait for them."""
         forecast = self._forecast
         is_told = forecast.draft_ms > 0.0 and forecast.rtt_ms > 0.0
@@ -339,6 +339,7 @@ class CloudSession:
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
             asked_tokens=forecast.asked_tokens(length, now),
+            may_ask=may_ask,
         )
 
     def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:

@@ -56,7 +56,8 @@ class DraftPath:
         self._engine_len = 0
         self._drafting_since = 0.0
         self._is_fresh = False  # nothing was sent since the last cut
-        self._awaited_len = 0  # the verifier holds its step for drafts up to here
+        self._awaited_len = 0  # a step of the verifier waits for drafts up to here
+        self._is_held = False  # the next one
         self._recently_drafted = self._recently_used = _USE_PRIOR
 
     def __len__(self) -> int:
@@ -184,7 +185,8 @@ class DraftPath:
 
     def committed(self, commit: Commit, rtt_ms: float, now: float) -> None:
         """A commit was laid: what it tells of the verifier's steps."""
-        self.clock.committed(commit, self._awaited_len if commit.hold_tokens else 0, rtt_ms, now)
+        self._is_held = commit.is_holding
+        self.clock.committed(commit, self._awaited_len if commit.is_holding else 0, rtt_ms, now)
 
     def send(self, settled_len: int, held_len: int, sibling_price: float, now: float) -> DraftMessage:
         """The tokens before `held_len` that were not sent yet, as a draft; counts them as sent.
@@ -193,7 +195,7 @@ class DraftPath:
         """
         start, end = self.sent_len, min(len(self.log), held_len)
         self._is_fresh = False
-        self.clock.sent(end, start < self._awaited_len, now)
+        self.clock.sent(end, self._is_held and start < self._awaited_len, now)
         self.sent_len = end
         confidence, tokens = bytes(self._confidence[start:end]), self.log.tokens(start, end)
         reach = self.calibration.reach(self._confidence[settled_len:start])

@@ -79,8 +79,8 @@ class Forecast:
             return self._asked_in_ms(now)
         committed_at = self._commits[-1][1] if self._commits else -inf
         asked_ms = (committed_at - now) * 1000 + self.answer_ms if self._commits else 0.0
-        if self._arrived_at > committed_at:  # the answer was that
-            asked_ms = self.answer_ms
+        if self._arrived_at > committed_at:  # the answer was that, and only a commit asks again
+            asked_ms = inf
         due_ms = (self._arrived_at - now) * 1000 + self._every_ms
         late_ms = due_ms + _LATE * self._every_ms  # left of the time for which it counts as due
         return min(asked_ms, due_ms if due_ms > 0.0 else late_ms) if late_ms > 0.0 else asked_ms
@@ -103,7 +103,8 @@ class Forecast:
         if self._arrived_at > -inf:
             every_ms = (now - self._arrived_at) * 1000
             self._every_ms += (every_ms - self._every_ms) * (_GAIN if self._every_ms else 1.0)
-        early_ms = max(self._expected_ms(length - 1, now), self.asked_ms(now))
+        expected_ms, asked_ms = self._expected_ms(length - 1, now), self.asked_ms(now)
+        early_ms = max(expected_ms, asked_ms) if asked_ms < inf else expected_ms
         self._arrived_at = now
         if length >= self._asked_len or (now - self._asked_at) * 1000 >= self.rtt_ms:
             self._asked_len = 0

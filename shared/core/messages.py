@@ -135,7 +135,8 @@ class Commit:
     """Target tokens for positions `start`, ...: `num_accepted` accepted drafts, then one next_token.
 
     `num_drafted` draft tokens were evaluated in this step. `max_ahead` is how many tokens beyond `committed_len` the
-    verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits (for a time).
+    verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits (for a time), which is
+    the next one if the verifier `is_holding`.
     """
 
     start: int
@@ -147,6 +148,7 @@ class Commit:
     verify_ms: float = 0.0
     max_ahead: int = 0
     hold_tokens: int = 0
+    is_holding: bool = False
 
 
 @dataclass(frozen=True, slots=True)

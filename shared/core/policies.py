@@ -89,6 +89,7 @@ class Outlook:
     asked_ms: float
     most_drafts: int
     asked_tokens: int = 0
+    may_ask: bool = True
 
 
 @dataclass(slots=True)

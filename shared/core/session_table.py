@@ -25,6 +25,7 @@ from shared.core.kv_blocks import BLOCK_TOKENS
 from shared.core.messages import (
     PROTOCOL_VERSION,
     Close,
+    Commit,
     Draft,
     EdgeMessage,
     Failure,
@@ -34,7 +35,7 @@ from shared.core.messages import (
     Open,
     SessionStatus,
 )
-from shared.core.policies import Offer, StepPolicy
+from shared.core.policies import Allotment, Offer, StepPolicy
 from shared.core.settings import TableSettings
 from shared.core.tokens import TokenLog
 
@@ -70,6 +71,7 @@ class SessionTable:
         self._streams: dict[int, _Stream] = {}
         self._stream_of: dict[str, int] = {}  # of each live session, by its key
         self._planned: list[CloudSession] = []
+        self._decided: tuple[CloudSession, Allotment] | None = None  # at a commit, for the plan that follows
         self._room_at = inf  # at the last plan the cache had no room for somebody: when it may have
         self._checked_at = 0.0
 
@@ -102,6 +104,7 @@ class SessionTable:
         state = self._streams.get(stream)
         if state is None:
             return []  # already ended from our side
+        self._decided = None
         state.heard_at = now
         if not isinstance(message, Heartbeat) and (state.waiting or self._must_wait(state, message)):
             if len(state.waiting) < _MAX_WAITING:
@@ -111,6 +114,7 @@ class SessionTable:
 
     def lost(self, stream: int, now: float) -> list[CloudEffect]:
         """The stream is gone: park its session."""
+        self._decided = None
         state = self._streams.get(stream)
         if state is not None and state.session is not None and state.session.is_stepping:
             state.waiting.append(None)
@@ -123,6 +127,7 @@ class SessionTable:
         """The next step. If it has rows, `stepped` or `failed` must follow."""
         if self._planned:
             raise LocalProtocolError("planned a step while one is in flight")
+        decided, self._decided = self._decided, None
         offered: list[tuple[CloudSession, Offer]] = []
         for session in self.ledger.live:
             offer = session.offer(now)
@@ -137,8 +142,13 @@ class SessionTable:
             return plan
         if len(offered) == 1:
             ((session, offer),) = offered
-            offer.outlook = session.outlook(now)
-        allotment = self._policy.allot([offer for _, offer in offered])
+            allotment = (
+                decided[1]
+                if decided and decided[0] is session
+                else self._allot_alone(session, offer, now, may_ask=False)
+            )
+        else:
+            allotment = self._policy.allot([offer for _, offer in offered])
         if allotment.hold_ms:
             session.hold(now + allotment.hold_ms / 1000)
         self._room_at = inf
@@ -166,9 +176,8 @@ class SessionTable:
             self.ledger.served(session)
             effects.append(Keep(session.key, stepped.start, stepped.kept_rows))
             if stepped.commit is not None:
-                hold_tokens = self._asked_tokens(session, now) if len(planned) == 1 else 0
-                session.asked(hold_tokens, now)
-                commit = replace(stepped.commit, hold_tokens=hold_tokens)
+                commit = self._asking(session, stepped.commit, now) if len(planned) == 1 else stepped.commit
+                session.asked(commit.hold_tokens, now)
                 effects.append(Send(self._stream_of[session.key], commit))
         return effects + self._go_on(now)
 
@@ -209,14 +218,20 @@ class SessionTable:
         times += [self._room_at] if self._room_at < inf else []
         return min(times, default=None)
 
-    def _asked_tokens(self, session: CloudSession, now: float) -> int:
-        """For how many drafts a coming step will wait: its edge must know what is waited for."""
+    def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:
+        """With the number of drafts that a coming step will wait for: its edge must know what is waited for."""
         is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
         offer = session.offer(now) if is_alone else None
         if offer is None:
-            return 0
-        offer.outlook = session.outlook(now)
-        return max(self._policy.allot([offer]).asked_tokens - session.pending_siblings, 0)
+            return commit
+        allotment = self._allot_alone(session, offer, now, may_ask=True)
+        self._decided = session, allotment
+        hold_tokens = max(allotment.asked_tokens - session.pending_siblings, 0)
+        return replace(commit, hold_tokens=hold_tokens, is_holding=allotment.hold_ms > 0.0)
+
+    def _allot_alone(self, session: CloudSession, offer: Offer, now: float, *, may_ask: bool) -> Allotment:
+        offer.outlook = session.outlook(now, may_ask=may_ask)
+        return self._policy.allot([offer])
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
@@ -232,6 +247,7 @@ class SessionTable:
         """A step is over: do what waited for it."""
         effects: list[CloudEffect] = []
         for stream, waiting in [(number, state.waiting) for number, state in self._streams.items() if state.waiting]:
+            self._decided = None
             while waiting and stream in self._streams:  # it may be ended by another one that takes its session over
                 message = waiting.popleft()
                 if message is None:

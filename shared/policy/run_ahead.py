@@ -22,7 +22,7 @@ from shared.core.policies import BURST_MESSAGES, DraftObservation
 from shared.policy import branching
 
 _LEAST_WORTH = 0.03
-_LEAST_USE = 0.01
+_LEAST_USE = 0.0025
 _LEAST_ACCEPTANCE = 0.1  # less cannot gain a tenth, and takes all of a device's power
 _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16

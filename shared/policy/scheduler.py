@@ -74,7 +74,9 @@ class BestRate:
     def _allot_one(self, offer: Offer, outlook: Outlook) -> Allotment:
         choice = self._step_rule.choose(offer.worth, outlook, offer.decodes is not Decodes.NEVER)
         if choice.drafts > len(offer.worth):
-            hold_ms = choice.hold_ms + _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms
+            # What is due may not come, but what is asked for will.
+            hold_ms = max(choice.hold_ms, outlook.rtt_ms) if outlook.may_ask else choice.hold_ms
+            hold_ms += _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms
             return Allotment([0], hold_ms=hold_ms, asked_tokens=choice.asked)
         return Allotment([1 + choice.drafts], asked_tokens=choice.asked)
 

@@ -43,8 +43,9 @@ _MOST_DECODES = 16
 _DOUBT = 0.05  # tokens: a step that waits may wait in vain, one that does not cannot
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
+_LEAST_GAIN = 0.01  # tokens: for less nothing is asked
 _AIMED_MS = 1.5  # so long before a step its message is complete: later drafts are not in it
-_MOST_ROUNDS = 20
+_MOST_ROUNDS, _SOLVED = 20, 0.02  # to find the rate at which a break is worth so few tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class _Reachable:
     gains: _Floats
     stands: _Floats
     lacking_ms: _Floats
+    draft_ms: float
+    most: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class _Path:
     drafted_ms: _Floats
     asked_ms: _Floats
     unasked_ms: _Floats
+    rtt_ms: float
+    may_ask: bool = True
 
 
 class StepRule:
@@ -108,7 +113,7 @@ class StepRule:
         self._tokens = np.arange(self._until[-1, -1] + 3)
         self._verifies = np.broadcast_to(self._drafts > 0, self._until.shape)
         self._decoding = self._decodes[:, None] * self._cost[1]
-        self._solved: dict[tuple[float, ...], _Reachable] = {}
+        self._solved: dict[tuple[float, float, float], _Reachable] = {}
 
     def choose(self, worth: Sequence[float], outlook: Outlook, may_decode: bool = True) -> Choice:
         """For pending drafts of this `worth`. Without `may_decode` at least one draft is verified or waited for.
@@ -124,47 +129,52 @@ class StepRule:
         asked_ms[last:] = np.maximum(drafted_ms[last:], outlook.rtt_ms if outlook.asked_tokens else outlook.asked_ms)
         if not outlook.asked_tokens:
             self._gather(unasked_ms, len(worth))
-        path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms)
-        values = self._values(path, reachable)
+        if not outlook.may_ask:
+            asked_ms = unasked_ms
+        path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask)
+        values, asks = self._values(path, reachable)
         values -= _DOUBT * (self._verifies & (asked_ms.take(self._until) > self._decoding))
         values[:, outlook.most_drafts + 1 :] = -np.inf
         if not may_decode:
             values[1:] = -np.inf
             values[0, 0] = -np.inf
-        decodes, drafts = divmod(int(values.argmax()), len(self._drafts))
-        waits = drafts > 0 and decodes + drafts > len(worth)
-        asked = max(decodes + drafts if waits else 0, outlook.asked_tokens)  # what was asked for is on its way
+        best = int(values.argmax())
+        decodes, drafts = divmod(best, len(self._drafts))
+        asks_for = int(asks.flat[best]) if outlook.may_ask else 0
+        asks_for = min(asks_for, decodes + outlook.most_drafts) if outlook.most_drafts else 0
+        asked = max(asks_for if asks_for > len(worth) else 0, outlook.asked_tokens)  # that is on its way
         return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
 
     def _solve(self, outlook: Outlook) -> _Reachable:
-        """Newton's method from cloud-only's rate: the value of the best plan is convex in the rate, so it climbs."""
+        """The rate at which the best plan after a break is worth nothing more than its time."""
         acceptance = min(max(round(outlook.acceptance, 2), _LEAST), _SURE)
-        key = (acceptance, float(f"{outlook.draft_ms:.2g}"), float(f"{outlook.rtt_ms:.2g}"))
+        key = acceptance, float(f"{outlook.draft_ms:.2g}"), float(f"{outlook.rtt_ms:.2g}")
         found = self._solved.get(key)
         if found is not None:
             return found
-        acceptance, draft_ms, rtt_ms = key
-        reach = np.power(acceptance, self._tokens)
-        asked_ms = self._drafted_ms(0, rtt_ms + draft_ms, draft_ms)
-        unasked_ms = asked_ms.copy()
-        self._gather(unasked_ms, 0)
-        path = _Path(reach, 0, asked_ms, asked_ms, unasked_ms)
-        rate = 1.0 / self._cost[1]
-        for _ in range(_MOST_ROUNDS):
-            found = self._flow(acceptance, draft_ms, rtt_ms, rate)
-            values = self._values(path, found)
-            best = int(values.argmax())
-            if values.flat[best] <= 1e-6:
+        # The value falls with the rate: the secant method, from cloud-only's and from what a path that stands allows.
+        last = 1.0 / float(self._cost[1])
+        last_value, found = self._broken(last, *key)
+        rate = last + last_value / (found.answer_ms + found.flow_ms + float(self._cost[1]))
+        for _ in range(_MOST_ROUNDS if last_value > _SOLVED else 0):
+            value, found = self._broken(rate, *key)
+            if abs(value) <= _SOLVED or value == last_value:
                 break
-            decodes, drafts = divmod(best, len(self._drafts))
-            took_ms = self._took_ms(asked_ms).flat[best] + reach[decodes + drafts + 1] * found.flow_ms
-            rate += float(values.flat[best] / took_ms)
-        else:
-            found = self._flow(acceptance, draft_ms, rtt_ms, rate)
+            last, rate, last_value = rate, rate - value * (rate - last) / (value - last_value), value
         if len(self._solved) >= _MAX_SOLVED:
             self._solved.clear()
         self._solved[key] = found
         return found
+
+    def _broken(self, rate: float, acceptance: float, draft_ms: float, rtt_ms: float) -> tuple[float, _Reachable]:
+        """What the best plan after a break is worth, should this be the rate."""
+        reach = np.power(acceptance, self._tokens)
+        asked_ms = self._drafted_ms(0, rtt_ms + draft_ms, draft_ms)
+        unasked_ms = asked_ms.copy()
+        self._gather(unasked_ms, 0)
+        found = self._flow(acceptance, draft_ms, rtt_ms, rate)
+        values, _ = self._values(_Path(reach, 0, asked_ms, asked_ms, unasked_ms, rtt_ms), found)
+        return float(values.max()), found
 
     def _flow(self, acceptance: float, draft_ms: float, rtt_ms: float, rate: float) -> _Reachable:
         """What a path that stands is worth at this rate."""
@@ -177,7 +187,8 @@ class StepRule:
         flow_ms = float(step_ms[best] / (1.0 - stands[best])) if flow > 0.0 else 0.0
         lacking_ms = np.maximum(best - np.floor(self._cost[1:] / draft_ms), 0.0) * draft_ms
         gains = tokens - rate * self._cost[1:]
-        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, gains, stands, lacking_ms)
+        most = float(gains[best] + stands[best] * flow)
+        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, gains, stands, lacking_ms, draft_ms, most)
 
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
         """What a path is worth with so many tokens here, and further ones in `next_ms`.
@@ -186,7 +197,9 @@ class StepRule:
         """
         later = self._verified(reachable, here - 1, next_ms - self._cost[1])
         decoding = 1.0 - reachable.rate * self._cost[1] + reachable.stands[0] * later
-        values: _Floats = np.maximum(self._verified(reachable, here, next_ms), decoding)
+        lacking_ms = np.maximum(reachable.best - 1 - here, 0) * reachable.draft_ms + next_ms
+        waiting = reachable.most - reachable.rate * np.maximum(lacking_ms, reachable.answer_ms)
+        values: _Floats = np.maximum(np.maximum(self._verified(reachable, here, next_ms), decoding), waiting)
         return values
 
     def _verified(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
@@ -238,17 +251,47 @@ class StepRule:
         took_ms: _Floats = np.maximum(needed_ms, self._decoding) + self._cost[1:]
         return took_ms
 
-    def _values(self, path: _Path, reachable: _Reachable) -> _Floats:
+    def _values(self, path: _Path, reachable: _Reachable) -> tuple[_Floats, _Ints]:
+        """What each plan (s, n) is worth, and for how many of the path's tokens it asks."""
         gained = np.cumsum(path.reach)
         tokens = gained.take(self._until) - (gained[: len(self._decodes)] - self._decodes - 1.0)[:, None]
         took_ms = self._took_ms(path.asked_ms)
         waits = self._verifies & (self._until > path.pending)
+        onward, asks = self._unasked(path, reachable, took_ms, waits), self._until * waits
+        if path.may_ask:
+            asked, then_asks = self._asked(path, reachable, took_ms)
+            is_asked = ~waits & (asked > onward + _LEAST_GAIN)
+            onward, asks = np.where(is_asked, asked, onward), np.where(is_asked, then_asks, asks)
+        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * onward
+        return values, asks
+
+    def _unasked(self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]) -> _Floats:
+        """What the path is worth behind each plan if the edge sends as it does by itself."""
         # An edge that was asked aims its next message at the end of the step that waited for this one.
         aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
-        goes_on_ms = np.maximum(np.where(waits, aimed_ms.take(self._after), unasked_ms.take(self._after)), took_ms)
+        told_ms = np.maximum(path.drafted_ms.take(self._after), took_ms + path.rtt_ms)  # if the plan's commit asks
+        first_ms = np.minimum(unasked_ms.take(self._after), told_ms)
+        goes_on_ms = np.maximum(np.where(waits, aimed_ms.take(self._after), first_ms), took_ms)
         here = np.where(waits, aimed_ms.searchsorted(goes_on_ms, "right"), unasked_ms.searchsorted(goes_on_ms, "right"))
+        here = np.maximum(here, self._after + 1)
         next_ms = np.where(waits, 0.0, unasked_ms.take(here, mode="clip") - goes_on_ms)
         onward = self._onward(reachable, here - self._after, next_ms)
-        onward = self._paused(reachable, onward, goes_on_ms - took_ms)
-        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * onward
-        return values
+        return self._paused(reachable, onward, goes_on_ms - took_ms)
+
+    def _asked(self, path: _Path, reachable: _Reachable, took_ms: _Floats) -> tuple[_Floats, _Ints]:
+        """What it is worth if tokens behind the plan are asked for, and how many tokens of the path are asked for then.
+
+        They are those that will be here when the plan ends, or as many as are best to verify.
+        """
+        answered_ms = np.maximum(path.asked_ms, path.rtt_ms)
+        answered_ms[: path.pending + 1] = 0.0
+        values, asks = np.full_like(took_ms, -np.inf), self._after
+        for last in (self._after, np.minimum(self._after + reachable.best - 1, len(self._tokens) - 1)):
+            goes_on_ms = np.maximum(answered_ms.take(last), took_ms)
+            here = answered_ms.searchsorted(goes_on_ms, "right")
+            next_ms = np.maximum(path.drafted_ms.take(here, mode="clip") - goes_on_ms, 0.0)
+            onward = self._onward(reachable, here - self._after, next_ms)
+            onward = self._paused(reachable, onward, goes_on_ms - took_ms)
+            asks = np.where(onward > values, here - 1, asks)
+            values = np.maximum(values, onward)
+        return values, asks

@@ -238,11 +238,13 @@ def test_use_is_the_part_of_recent_drafts_that_steps_accepted() -> None:
 def test_message_that_a_step_waits_for_sets_the_clock() -> None:
     path, link = path_of((1,), (5, 6, 7)), Link(LinkSettings())
     path.lay(1, (5,), num_accepted=0, hold_tokens=2)
-    asking = Commit(1, (5,), verify_ms=30.0, hold_tokens=2)
+    asking = Commit(1, (5,), verify_ms=30.0, hold_tokens=2, is_holding=True)
     path.committed(asking, rtt_ms=0.0, now=0.0)
     path.send(0, 99, 2.0, now=0.5)
     assert path.observe(2, 99, link, 9, now=0.51).until_step_ms == pytest.approx(20.0)
     path.committed(asking, rtt_ms=100.0, now=0.52)  # sent before that step ended: it begins when the message lands
     assert path.observe(2, 99, link, 9, now=0.52).until_step_ms == pytest.approx(10.0)
-    path.committed(replace(asking, hold_tokens=0), rtt_ms=100.0, now=0.56)  # one began at 0.46 s, and others after it
+    path.committed(
+        replace(asking, is_holding=False), rtt_ms=100.0, now=0.56
+    )  # one began at 0.46 s, and others after it
     assert path.observe(2, 99, link, 9, now=0.56).until_step_ms == pytest.approx(20.0)

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 
 import pytest
 
 from shared.core.cloud_session import CloudSession
 from shared.core.effects import CloudEffect, Send
 from shared.core.messages import Commit, Draft, Heartbeat, Want
-from shared.core.policies import Allotment, Offer, Outlook
+from shared.core.policies import Allotment, Offer, Outlook, StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import SelfDecode
 from tests.core import table as tables
-from tests.core.cloud import OPEN, draft_on, offered, planned, session_of, step
+from tests.core.cloud import OPEN, SETTINGS, draft_on, offered, planned, session_of, step
 
 TOLD = {"draft_ms": 5.0, "rtt_ms": 40.0}
 
@@ -35,7 +36,7 @@ def outlook(session: CloudSession, now: float = 0.0) -> Outlook:
 
 def test_outlook_is_what_the_edge_told_and_what_was_seen() -> None:
     session = told(session_of())
-    assert outlook(session) == Outlook(0.8, 5.0, 40.0, 0, 5.0, 0.0, 4)
+    assert outlook(session) == Outlook(0.8, 5.0, 40.0, 0, 5.0, 0.0, 4, may_ask=False)
     session.drafted(draft_on(session, 5, 6), now=0.1)
     assert outlook(session, now=0.1).next_ms == pytest.approx(5.0)
     planned(session, now=0.1)
@@ -103,6 +104,15 @@ def test_hold_keeps_its_end_and_then_is_over_until_there_is_news() -> None:
     assert session.held_until is None
 
 
+def test_hold_ends_in_time_though_its_drafts_are_gone() -> None:
+    session = told(session_of(settings=replace(SETTINGS, self_decode=SelfDecode.OFF)))
+    assert session.offer(0.0) is None
+    session.hold(0.05)
+    assert session.wake_at() == 0.05
+    assert session.offer(0.05) is None
+    assert session.wake_at() != 0.05
+
+
 def test_answer_that_a_hold_waited_for_tells_how_late_answers_are() -> None:
     session = told(session_of())
     session.drafted(draft_on(session, 5), now=0.0)
@@ -122,9 +132,19 @@ class Holding:
         return Allotment([0] * len(offers), hold_ms=20.0, asked_tokens=3)
 
 
-def holding_table(streams: int = 1) -> SessionTable:
+class Scripted:
+    """Decides as it is told to for a lone session that is expected to draft, and serves it before that."""
+
+    def __init__(self, *decisions: Allotment) -> None:
+        self.decisions = list(decisions)
+
+    def allot(self, offers: Sequence[Offer]) -> Allotment:
+        return self.decisions.pop(0) if offers[0].outlook else Allotment([offers[0].prefill_rows + 1])
+
+
+def holding_table(streams: int = 1, policy: StepPolicy | None = None) -> SessionTable:
     session = replace(tables.CLOUD, self_decode=SelfDecode.ALWAYS)
-    table = SessionTable(replace(tables.SETTINGS, session=session), Holding())
+    table = SessionTable(replace(tables.SETTINGS, session=session), policy or Holding())
     for stream in range(1, streams + 1):
         tables.opened(table, stream, replace(tables.OPEN, session_id=f"s{stream}"))
     tables.step(table, 7)  # what was not there before is not waited for
@@ -177,7 +197,7 @@ def test_after_the_answer_nothing_comes_before_the_next() -> None:
     step(session, 9, now=0.0)
     assert outlook(session, now=0.01).asked_ms == pytest.approx(30.0)
     session.drafted(draft_on(session, 5), now=0.04)
-    assert outlook(session, now=0.05).asked_ms == pytest.approx(40.0)
+    assert outlook(session, now=0.05).asked_ms == inf  # only a commit asks again
 
 
 def test_table_waits_and_goes_on_when_the_wait_is_over() -> None:
@@ -213,7 +233,35 @@ def test_edge_is_told_for_how_many_drafts_its_next_step_waits() -> None:
     table = holding_table()
     table.plan(0.0)
     hear(table, 1, now=0.0)
-    assert commit_of(table.stepped([(8,)], 1.0, now=0.1)).hold_tokens == 3
+    commit = commit_of(table.stepped([(8,)], 1.0, now=0.1))
+    assert (commit.hold_tokens, commit.is_holding) == (3, True)
+
+
+def test_what_a_commit_says_is_what_the_next_plan_does() -> None:
+    table = holding_table(policy=Scripted(Allotment([0], hold_ms=20.0, asked_tokens=3), Allotment([1])))
+    table.plan(0.0)
+    hear(table, 1, now=0.0)
+    assert commit_of(table.stepped([(8,)], 1.0, now=0.1)).is_holding
+    assert tables.planned(table, now=0.1) == []  # a choice made anew would have been a step
+    assert tables.planned(table, now=0.11) == ["me/s1"]
+
+
+def test_what_a_commit_says_is_chosen_anew_once_something_arrives() -> None:
+    table = holding_table(policy=Scripted(Allotment([0], hold_ms=20.0, asked_tokens=3), Allotment([1])))
+    table.plan(0.0)
+    hear(table, 1, now=0.0)
+    table.stepped([(8,)], 1.0, now=0.1)
+    hear(table, 1, now=0.1)
+    assert tables.planned(table, now=0.1) == ["me/s1"]
+
+
+def test_edge_is_told_when_it_is_asked_for_a_later_step() -> None:
+    table = holding_table(policy=Scripted(Allotment([1], asked_tokens=3)))
+    table.plan(0.0)
+    hear(table, 1, now=0.0)
+    commit = commit_of(table.stepped([(8,)], 1.0, now=0.1))
+    assert (commit.hold_tokens, commit.is_holding) == (3, False)
+    assert tables.planned(table, now=0.1) == ["me/s1"]
 
 
 def test_edge_is_told_of_no_hold_where_another_session_is_ready() -> None:

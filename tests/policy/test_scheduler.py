@@ -115,6 +115,12 @@ def test_session_alone_is_held_for_drafts_that_are_worth_it() -> None:
     assert allotment.hold_ms == pytest.approx(8.0 + 6.0 + 3.0 + 0.25 * 8.0)  # with some slack
 
 
+def test_hold_is_long_enough_for_the_answer_to_what_it_asks_for() -> None:
+    policy = BestRate(lambda rows: 30.0 + rows, 64)
+    due = replace(SOON, rtt_ms=20.0, next_ms=0.0, asked_ms=4.0)  # a message should be here by then
+    assert policy.allot([replace(offer(), outlook=due)]).hold_ms == pytest.approx(20.0 + 3.0 + 0.25 * 20.0)
+
+
 def test_session_alone_is_served_as_the_step_rule_says() -> None:
     policy = BestRate(lambda rows: 30.0 + rows, 64)
     flowing = replace(SOON, next_ms=1.0)

@@ -43,7 +43,8 @@ def test_surer_drafts_are_waited_for_in_greater_number(acceptance: float, least:
 def test_no_step_waits_where_decoding_is_faster(
     rule: StepRule, acceptance: float, draft_ms: float, rtt_ms: float
 ) -> None:
-    assert rule.choose([], after_break(acceptance, draft_ms, rtt_ms)) == Choice(0, 0.0)
+    choice = rule.choose([], after_break(acceptance, draft_ms, rtt_ms))
+    assert (choice.drafts, choice.hold_ms) == (0, 0.0)
 
 
 def test_what_is_here_is_verified_as_far_as_it_pays() -> None:
@@ -55,7 +56,7 @@ def test_what_is_here_is_verified_as_far_as_it_pays() -> None:
 
 def test_few_drafts_are_not_worth_a_dear_step_while_more_come_soon() -> None:
     flowing = replace(AFTER_BREAK, acceptance=0.9, rtt_ms=20.0, next_ms=1.0, asked_ms=20.0)
-    assert STEEP.choose(sure(0.9, 1), flowing) == Choice(0, 0.0)
+    assert STEEP.choose(sure(0.9, 1), flowing).drafts == 0
     assert STEEP.choose(sure(0.9, 8), flowing).drafts == 8
 
 
@@ -82,6 +83,25 @@ def test_drafts_for_a_later_step_are_asked_for_while_the_verifier_decodes() -> N
     assert choice.asked in (15, 16, 17)
     asked = replace(broken, unknown_tokens=1, next_ms=0.0, asked_ms=6.0, asked_tokens=15)
     assert FLAT.choose([], asked) == Choice(15, 6.0, 15)
+
+
+def test_what_will_be_here_when_decoding_ends_is_asked_for() -> None:
+    broken = after_break(0.9, 1.0, 20.0)  # two decode steps of 14 ms: eight tokens are here then, six come unasked
+    assert STEEP.choose([], broken) == Choice(0, 0.0, 8)
+    assert STEEP.choose([], replace(broken, may_ask=False)) == Choice(0, 0.0)
+
+
+def test_what_nobody_can_ask_for_is_not_waited_for() -> None:
+    flowing = replace(AFTER_BREAK, acceptance=0.97, next_ms=1.0)
+    assert FLAT.choose(sure(0.97, 3), flowing) == Choice(16, 13.0, 16)
+    assert FLAT.choose(sure(0.97, 3), replace(flowing, may_ask=False)) == Choice(3, 0.0)
+
+
+def test_drafts_for_the_step_after_are_asked_for_with_a_commit() -> None:
+    flowing = replace(AFTER_BREAK, acceptance=0.97, draft_ms=5.0, next_ms=5.0)
+    choice = FLAT.choose(sure(0.97, 5), flowing)
+    assert (choice.drafts, choice.hold_ms) == (5, 0.0)
+    assert choice.asked > 6  # the step's own token is on the path, too
 
 
 def test_what_was_asked_for_stays_asked_for() -> None:
@@ -139,11 +159,14 @@ def test_reachable_rate_is_never_below_cloud_only() -> None:
     assert STEEP._solve(after_break(0.3, 20.0, 150.0)).rate == pytest.approx(1 / 14)
 
 
-def test_reachable_rate_is_climbed_to_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
-    outlook, costs = after_break(0.9, 5.0, 150.0), CURVES["flat"][: DRAFTS + 2]
-    found = StepRule(costs)._solve(outlook).rate
-    monkeypatch.setattr("shared.policy.step_rule._MOST_ROUNDS", 1)
-    assert 1 / 30 < StepRule(costs)._solve(outlook).rate < 0.99 * found
+@pytest.mark.parametrize("acceptance", [0.6, 0.9, 0.97])
+@pytest.mark.parametrize("draft_ms", [0.05, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize("rtt_ms", [1.0, 20.0, 150.0])
+def test_a_break_is_worth_nothing_at_the_reachable_rate(acceptance: float, draft_ms: float, rtt_ms: float) -> None:
+    for rule in FLAT, STEEP:
+        rate = rule._solve(after_break(acceptance, draft_ms, rtt_ms)).rate
+        value, _ = rule._broken(rate, acceptance, draft_ms, rtt_ms)
+        assert value == pytest.approx(0.0, abs=0.02) or (value < 0.0 and rate == 1 / rule._cost[1])
 
 
 def test_solutions_are_kept_but_not_without_bound() -> None:

@@ -14,6 +14,7 @@ SEEDS = {
     86: "a send timer left over from OPENING fired for ever on a plain stream",
     123: "like 57",
     128: "an idle timeout was due for the verifier's timer but, by rounding, not for its tick",
+    139: "a hold for drafts that the path then lost was due for ever",
     163: "a repeated NeedTokens opened the session once more",
     230: "fifty draft messages a second went out while the verifier read a long prompt",
     511: "like 69",

@@ -116,6 +116,7 @@ def commits(draw: st.DrawFn) -> Commit:
         verify_ms=draw(st.floats(0, 1e6)),
         max_ahead=draw(INT),
         hold_tokens=draw(INT),
+        is_holding=draw(st.booleans()),
     )
 
 
@@ -147,6 +148,7 @@ def test_commit_comes_back_with_whole_milliseconds(commit: Commit) -> None:
     assert (back.start, back.tokens, back.finish) == (commit.start, commit.tokens, commit.finish)
     assert (back.num_drafted, back.num_accepted) == (commit.num_drafted, commit.num_accepted)
     assert (back.max_ahead, back.hold_tokens) == (commit.max_ahead, commit.hold_tokens)
+    assert back.is_holding is commit.is_holding
 
 
 @untimed
