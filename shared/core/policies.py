@@ -78,7 +78,7 @@ class Outlook:
     `unknown_tokens` of the path on its way are committed already: only if they agree is the rest of use. The first
     useful token is expected in `next_ms`. Of those that are not here, the first `asked_tokens` of the path come
     together in `asked_ms`, for a commit has asked for them; with 0, none comes before that. A step has room for
-    `most_drafts`.
+    `most_drafts`. With `may_ask` this is decided at a commit, which can ask for more.
     """
 
     acceptance: float
@@ -114,7 +114,7 @@ class Offer:
 class Allotment:
     """What a step policy decided: rows of each offer, or to wait `hold_ms` at most for drafts (0: no hold).
 
-    `asked_tokens` are to be asked of the edge, pending ones included: they are held for, now or after a decode step.
+    `asked_tokens` are to be asked of the edge, pending ones included: for this step if it is held, else for a later one.
     """
 
     rows: Sequence[int]

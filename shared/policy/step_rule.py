@@ -21,9 +21,11 @@ best plan after a break is worth nothing more than its time; it never falls belo
 does the choice (as far as the forecast is right). Stop-and-wait at its best length is the plan s = 0 (FlexSpec's K*,
 the n of most tokens per ms of drafting, link and verification); s > 0 is self-decode over a long round trip.
 
-Tokens that a plan waits for must be *asked* for, in the commit before, even if the verifier decodes meanwhile: then the
-edge sends them as soon as they are drafted. What nobody asks for comes as the edge sends by itself: one message just
-before each step that it foresees (`_gather`). What was asked for stays asked for, whatever is chosen later.
+A commit *asks* (only it can: `may_ask`) for the tokens that its plan waits for, or else for tokens that are to be here
+when the plan ends, while the verifier decodes or verifies what it has: those that can be by then, or as many as are best
+to verify, whichever is worth more (`_asked`). The edge sends what was asked for as soon as it is drafted. What nobody
+asks for comes as the edge sends by itself: one message just before each step that it foresees (`_gather`). What was
+asked for stays asked for, whatever is chosen later.
 
 Everything is expectation under a forecast, made anew whenever something arrives.
 """
@@ -52,7 +54,7 @@ _MOST_ROUNDS, _SOLVED = 20, 0.02  # to find the rate at which a break is worth s
 class Choice:
     """What the next step of a session should be: `drafts` to verify once they are here, in `hold_ms`.
 
-    `asked` tokens of the path are waited for, by this step or by one that comes after some that decode; 0: none.
+    `asked` tokens of the path are waited for, by this step or by one that comes after it; 0: none.
     """
 
     drafts: int
@@ -66,7 +68,7 @@ class _Reachable:
 
     It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n drafts commits
     `gains[n]` more than `rate` would, the path stands behind it with probability `stands[n]`, and the next `best` are
-    here `lacking_ms[n]` after it.
+    here `lacking_ms[n]` after it. With these here the path is worth `most`.
     """
 
     rate: float
@@ -86,7 +88,7 @@ class _Path:
     """The path's first j tokens, j = 0, 1, ...: whether all are right, and when they are here, in ms from now.
 
     `pending` ones are. The others could be in `drafted_ms`, are in `asked_ms` for whoever waits for them, and else come
-    in `unasked_ms`.
+    in `unasked_ms`. What a commit asks for takes `rtt_ms` at least.
     """
 
     reach: _Floats
@@ -193,7 +195,7 @@ class StepRule:
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
         """What a path is worth with so many tokens here, and further ones in `next_ms`.
 
-        Those that are here are verified at once, as many as are best, or after one more decode step.
+        Those that are here are verified at once, or after one more decode step; or as many as are best are waited for.
         """
         later = self._verified(reachable, here - 1, next_ms - self._cost[1])
         decoding = 1.0 - reachable.rate * self._cost[1] + reachable.stands[0] * later
