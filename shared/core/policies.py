@@ -114,7 +114,7 @@ class Offer:
 class Allotment:
     """What a step policy decided: rows of each offer, or to wait `hold_ms` at most for drafts (0: no hold).
 
-    `asked_tokens` are to be asked of the edge, pending ones included: for this step if it is held, else for a later one.
+    `asked_tokens` are to be asked of the edge, pending ones included: for this step if it is held, or a later one.
     """
 
     rows: Sequence[int]

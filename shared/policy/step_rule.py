@@ -22,10 +22,10 @@ does the choice (as far as the forecast is right). Stop-and-wait at its best len
 the n of most tokens per ms of drafting, link and verification); s > 0 is self-decode over a long round trip.
 
 A commit *asks* (only it can: `may_ask`) for the tokens that its plan waits for, or else for tokens that are to be here
-when the plan ends, while the verifier decodes or verifies what it has: those that can be by then, or as many as are best
-to verify, whichever is worth more (`_asked`). The edge sends what was asked for as soon as it is drafted. What nobody
-asks for comes as the edge sends by itself: one message just before each step that it foresees (`_gather`). What was
-asked for stays asked for, whatever is chosen later.
+when the plan ends, while the verifier decodes or verifies what it has: those that can be by then, or as many as it is
+best to verify, whichever is worth more (`_asked`). The edge sends what was asked for as soon as it is drafted. What
+nobody asks for comes as the edge sends by itself: one message just before each step that it foresees (`_gather`). What
+was asked for stays asked for, whatever is chosen later.
 
 Everything is expectation under a forecast, made anew whenever something arrives.
 """
