@@ -71,7 +71,7 @@ class SessionTable:
         self._streams: dict[int, _Stream] = {}
         self._stream_of: dict[str, int] = {}  # of each live session, by its key
         self._planned: list[CloudSession] = []
-        self._decided: tuple[CloudSession, Allotment] | None = None  # at a commit, for the plan that follows
+        self._decided: tuple[CloudSession, Allotment] | None = None  # at a commit; stands until there is news
         self._room_at = inf  # at the last plan the cache had no room for somebody: when it may have
         self._checked_at = 0.0
 
@@ -104,7 +104,6 @@ class SessionTable:
         state = self._streams.get(stream)
         if state is None:
             return []  # already ended from our side
-        self._decided = None
         state.heard_at = now
         if not isinstance(message, Heartbeat) and (state.waiting or self._must_wait(state, message)):
             if len(state.waiting) < _MAX_WAITING:
@@ -114,7 +113,6 @@ class SessionTable:
 
     def lost(self, stream: int, now: float) -> list[CloudEffect]:
         """The stream is gone: park its session."""
-        self._decided = None
         state = self._streams.get(stream)
         if state is not None and state.session is not None and state.session.is_stepping:
             state.waiting.append(None)
@@ -247,7 +245,6 @@ class SessionTable:
         """A step is over: do what waited for it."""
         effects: list[CloudEffect] = []
         for stream, waiting in [(number, state.waiting) for number, state in self._streams.items() if state.waiting]:
-            self._decided = None
             while waiting and stream in self._streams:  # it may be ended by another one that takes its session over
                 message = waiting.popleft()
                 if message is None:
@@ -257,6 +254,7 @@ class SessionTable:
         return effects
 
     def _try(self, stream: int, message: Open | Draft | Close | Heartbeat, now: float) -> list[CloudEffect]:
+        self._decided = None
         try:
             return self._handle(stream, self._streams[stream], message, now)
         except RemoteProtocolError as error:
@@ -345,6 +343,7 @@ class SessionTable:
 
     def _drop(self, stream: int, now: float) -> list[CloudEffect]:
         """The stream is no more; its session, which no step serves, is parked."""
+        self._decided = None
         state = self._streams.pop(stream, None)
         if state is None or state.session is None:
             return []

@@ -142,9 +142,9 @@ class StepRule:
             values[0, 0] = -np.inf
         best = int(values.argmax())
         decodes, drafts = divmod(best, len(self._drafts))
-        asks_for = int(asks.flat[best]) if outlook.may_ask else 0
-        asks_for = min(asks_for, decodes + outlook.most_drafts) if outlook.most_drafts else 0
-        asked = max(asks_for if asks_for > len(worth) else 0, outlook.asked_tokens)  # that is on its way
+        asks_for = min(int(asks.flat[best]), decodes + outlook.most_drafts) if outlook.may_ask else 0
+        asked = asks_for if asks_for > max(len(worth), decodes) else 0
+        asked = max(asked, outlook.asked_tokens)  # what was asked for is on its way
         return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
 
     def _solve(self, outlook: Outlook) -> _Reachable:
@@ -268,7 +268,7 @@ class StepRule:
         return values, asks
 
     def _unasked(self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]) -> _Floats:
-        """What the path is worth behind each plan if the edge sends as it does by itself."""
+        """What the path is worth behind each plan that asks for no more than what it waits for itself."""
         # An edge that was asked aims its next message at the end of the step that waited for this one.
         aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
         told_ms = np.maximum(path.drafted_ms.take(self._after), took_ms + path.rtt_ms)  # if the plan's commit asks

@@ -244,7 +244,5 @@ def test_message_that_a_step_waits_for_sets_the_clock() -> None:
     assert path.observe(2, 99, link, 9, now=0.51).until_step_ms == pytest.approx(20.0)
     path.committed(asking, rtt_ms=100.0, now=0.52)  # sent before that step ended: it begins when the message lands
     assert path.observe(2, 99, link, 9, now=0.52).until_step_ms == pytest.approx(10.0)
-    path.committed(
-        replace(asking, is_holding=False), rtt_ms=100.0, now=0.56
-    )  # one began at 0.46 s, and others after it
+    path.committed(replace(asking, is_holding=False), rtt_ms=100.0, now=0.56)  # one began at 0.46 s, others after it
     assert path.observe(2, 99, link, 9, now=0.56).until_step_ms == pytest.approx(20.0)

@@ -36,15 +36,14 @@ def test_surer_drafts_are_waited_for_in_greater_number(acceptance: float, least:
 
 
 @pytest.mark.parametrize(
-    ("rule", "acceptance", "draft_ms", "rtt_ms"),
-    [(FLAT, 0.8, 1.0, 50.0), (FLAT, 0.8, 20.0, 5.0), (FLAT, 0.3, 1.0, 20.0), (STEEP, 0.6, 0.05, 5.0)],
+    ("rule", "acceptance", "draft_ms", "rtt_ms", "asked"),
+    [(FLAT, 0.8, 1.0, 50.0, 10), (FLAT, 0.8, 20.0, 5.0, 0), (FLAT, 0.3, 1.0, 20.0, 0), (STEEP, 0.6, 0.05, 5.0, 0)],
     ids=["long link", "slow draft", "bad draft", "dear rows"],
 )
 def test_no_step_waits_where_decoding_is_faster(
-    rule: StepRule, acceptance: float, draft_ms: float, rtt_ms: float
+    rule: StepRule, acceptance: float, draft_ms: float, rtt_ms: float, asked: int
 ) -> None:
-    choice = rule.choose([], after_break(acceptance, draft_ms, rtt_ms))
-    assert (choice.drafts, choice.hold_ms) == (0, 0.0)
+    assert rule.choose([], after_break(acceptance, draft_ms, rtt_ms)) == Choice(0, 0.0, asked)
 
 
 def test_what_is_here_is_verified_as_far_as_it_pays() -> None:
@@ -56,7 +55,7 @@ def test_what_is_here_is_verified_as_far_as_it_pays() -> None:
 
 def test_few_drafts_are_not_worth_a_dear_step_while_more_come_soon() -> None:
     flowing = replace(AFTER_BREAK, acceptance=0.9, rtt_ms=20.0, next_ms=1.0, asked_ms=20.0)
-    assert STEEP.choose(sure(0.9, 1), flowing).drafts == 0
+    assert STEEP.choose(sure(0.9, 1), flowing) == Choice(0, 0.0, 16)
     assert STEEP.choose(sure(0.9, 8), flowing).drafts == 8
 
 
