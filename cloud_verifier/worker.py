@@ -332,6 +332,7 @@ def _report(
         self_decode_rows=num_selected.count(1),
         num_drafted=sum(commit.num_drafted for commit in commits),
         num_accepted=sum(commit.num_accepted for commit in commits),
+        num_recycled=sum(commit.num_recycled for commit in commits),
         num_committed=sum(len(commit.tokens) for commit in commits),
         queue_ms=sum(commit.queue_ms for commit in commits) / max(len(commits), 1),
         schedule_ms=schedule_ms,

@@ -29,6 +29,7 @@ class StepReport:
     self_decode_rows: int
     num_drafted: int
     num_accepted: int
+    num_recycled: int
     num_committed: int
     queue_ms: float
     schedule_ms: float
@@ -64,6 +65,7 @@ class VerifierMetrics:
         self.rows = Counter("outrider_rows", "Rows evaluated by the target, by kind", ["kind"], registry=registry)
         self.drafted_tokens = counter("drafted_tokens", "Draft tokens evaluated")
         self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted")
+        self.recycled_tokens = counter("recycled_tokens", "Tokens guessed by the verifier from rejected drafts")
         self.committed_tokens = counter("committed_tokens", "Tokens committed")
         self.step_rows = histogram("step_rows", "Rows of a step, of every kind", _COUNT_BUCKETS)
         self.step_sessions = histogram("step_sessions", "Sessions served by a step", _COUNT_BUCKETS)
@@ -80,6 +82,7 @@ class VerifierMetrics:
         self.rows.labels("self_decode").inc(report.self_decode_rows)
         self.drafted_tokens.inc(report.num_drafted)
         self.accepted_tokens.inc(report.num_accepted)
+        self.recycled_tokens.inc(report.num_recycled)
         self.committed_tokens.inc(report.num_committed)
         self.step_rows.observe(report.prefill_rows + report.draft_rows + report.self_decode_rows)
         self.step_sessions.observe(report.sessions)

@@ -125,6 +125,7 @@ def cloud_to_wire(message: CloudMessage) -> pb.CloudMessage:
                 max_ahead=message.max_ahead,
                 hold_tokens=message.hold_tokens,
                 is_holding=message.is_holding,
+                num_recycled=message.num_recycled,
             )
             return pb.CloudMessage(commit=commit)
         case NeedTokens():
@@ -323,6 +324,10 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         raise RemoteProtocolError(
             f"Commit.num_accepted is {wire.num_accepted} of {wire.num_drafted} drafted, with {len(wire.tokens)} tokens"
         )
+    if wire.num_recycled > (0 if wire.num_drafted else len(wire.tokens)):
+        raise RemoteProtocolError(
+            f"Commit.num_recycled is {wire.num_recycled}, with {len(wire.tokens)} tokens and {wire.num_drafted} drafted"
+        )
     return Commit(
         start=_integer("Commit.start", wire.start),
         tokens=_tokens("Commit.tokens", wire.tokens, MAX_SESSION_TOKENS),
@@ -334,6 +339,7 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         max_ahead=_integer("Commit.max_ahead", wire.max_ahead),
         hold_tokens=_integer("Commit.hold_tokens", wire.hold_tokens),
         is_holding=wire.is_holding,
+        num_recycled=wire.num_recycled,
     )
 
 

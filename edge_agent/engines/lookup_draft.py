@@ -1,4 +1,7 @@
-"""An n-gram draft in front of a model draft: the model checks its guesses, several tokens in one forward.
+"""A model draft that checks guesses of its next tokens, several in one forward.
+
+Guesses come from two places. After a rejection, from the path that was rejected: the draft soon comes back to it
+(`shared.core.rejected_path`), and has all of it to draft again. With n-grams in front of the model, also from the text.
 
 A copied token is right two times in three, that of a good model draft nineteen times in twenty: sent unchecked, copies
 cost more round trips than they save, even those after long matches. But the model must evaluate these tokens anyhow, or
@@ -10,15 +13,19 @@ here, measured at load, and from how often the model agreed with what followed a
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from edge_agent.engines import ngram
-from edge_agent.engines.ngram import CopyChances, NgramDraft
+from edge_agent.engines.ngram import NgramDraft
 from shared.core.errors import LocalProtocolError
+from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.rejected_path import RejectedPath
 from shared.core.siblings import Siblings
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
 
+RECYCLED = "recycled"
 _MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
 
 
@@ -30,8 +37,8 @@ class CheckingDraft(DraftEngine, Protocol):
         ...
 
 
-def guess_length(chances: Sequence[float], row_ms: Sequence[float]) -> int:
-    """How many guessed tokens to check for the most tokens per ms; 0: none.
+def guess_length(chances: Sequence[float], row_ms: Sequence[float]) -> tuple[int, float]:
+    """How many guessed tokens to check for the most tokens per ms, 0: none; and how many tokens per ms these are.
 
     Guess i is right with `chances[i]` if those before it are; a forward of n rows takes `row_ms[n - 1]`.
     """
@@ -42,11 +49,14 @@ def guess_length(chances: Sequence[float], row_ms: Sequence[float]) -> int:
         expected += reached
         if expected / row_ms[length] > best_rate:
             best, best_rate = length, expected / row_ms[length]
-    return best
+    return best, best_rate
 
 
 def measure_row_ms(model: CheckingDraft) -> list[float]:
-    """What a forward of 1, 2, ... rows takes, ms. `reset` the model before any other use."""
+    """What a forward of 1, 2, ... rows takes, ms, up to where so many one by one would be as fast.
+
+    `reset` the model before any other use.
+    """
     row_ms = list[float]()
     for rows in range(1, _MOST_GUESSED + 2):
         tries = []
@@ -57,25 +67,44 @@ def measure_row_ms(model: CheckingDraft) -> list[float]:
             model.propose_checked([0] * (rows - 1))
             tries.append((time.perf_counter() - began) * 1000)
         row_ms.append(min(tries))
+        if rows > 1 and row_ms[-1] >= rows * row_ms[0]:
+            break
     return row_ms
 
 
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """Tokens that may come next, and how often such ones are right."""
+
+    source: str
+    match: int
+    tokens: tuple[int, ...]
+    chances: MatchChances
+
+    def best(self, row_ms: Sequence[float]) -> tuple[int, float]:
+        """How many of them to check, and for how many tokens per ms (see `guess_length`)."""
+        behind = range(self.match, self.match + len(self.tokens))
+        return guess_length(list(map(self.chances.after, behind)), row_ms)
+
+
 class LookupDraft:
-    """`DraftEngine` of a model whose next tokens are guessed by n-grams.
+    """`DraftEngine` of a model whose next tokens are guessed, by n-grams too where there is a `lookup`.
 
     The model may have drafted more than was asked for: those tokens wait in `_ready`; its list is the text and they.
     """
 
-    def __init__(self, model: CheckingDraft, lookup: NgramDraft, row_ms: Sequence[float]) -> None:
+    def __init__(self, model: CheckingDraft, row_ms: Sequence[float], lookup: NgramDraft | None = None) -> None:
         self._model = model
-        self._lookup = lookup
         self._row_ms = row_ms
-        self._length = 0
+        self._lookup = lookup
+        self._tokens: list[int] = []
         self._ready: list[tuple[int, float, str, Siblings]] = []  # token, confidence, source, siblings
-        self._chances = CopyChances()
+        self._rejected = RejectedPath()
+        self._copy_chances = MatchChances(ngram.CHANCES)
 
     def __repr__(self) -> str:
-        return f"<LookupDraft {self._length} tokens, {len(self._ready)} ready, {self._lookup!r} before {self._model!r}>"
+        guessed = f"{self._rejected!r}" if self._lookup is None else f"{self._rejected!r}, {self._lookup!r}"
+        return f"<LookupDraft {len(self._tokens)} tokens, {len(self._ready)} ready, {guessed} before {self._model!r}>"
 
     @property
     def capabilities(self) -> Capabilities:
@@ -90,8 +119,10 @@ class LookupDraft:
     def reset(self, tokens: Sequence[int], sampling: Sampling, prompt_len: int) -> None:
         """Start on `tokens`; select with `sampling` from now on."""
         self._model.reset(tokens, sampling, prompt_len)
-        self._lookup.reset(tokens, sampling, prompt_len)
-        self._length, self._ready = len(tokens), []
+        if self._lookup is not None:
+            self._lookup.reset(tokens, sampling, prompt_len)
+        self._tokens, self._ready = list(tokens), []
+        self._rejected = RejectedPath(self._rejected.chances)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that are now part of the text."""
@@ -99,14 +130,12 @@ class LookupDraft:
         while known < min(len(tokens), len(self._ready)) and self._ready[known][0] == tokens[known]:
             known += 1
         del self._ready[:known]
-        self._length += known
+        self._append(tokens[:known])
         if known < len(tokens):
             if self._ready:  # the text goes another way
-                self._model.rollback(self._length)
-                self._ready = []
+                self._reject(len(self._tokens))
             self._model.extend(tokens[known:])
-            self._length += len(tokens) - known
-        self._lookup.extend(tokens)
+            self._append(tokens[known:])
 
     def propose(self, n: int) -> Proposal:
         """Draft up to `n` tokens after the list and append them to it, with one forward at most.
@@ -117,33 +146,50 @@ class LookupDraft:
             self._ready = self._draft()
         drafted, self._ready = self._ready[:n], self._ready[n:]
         tokens, confidence, sources, siblings = zip(*drafted, strict=True) if drafted else ((), (), (), ())
-        self._lookup.extend(tokens)
-        self._length += len(tokens)
+        self._append(tokens)
         return Proposal(tokens, confidence, sources, siblings=siblings)
 
     def rollback(self, length: int) -> None:
         """Forget every token from position `length` on."""
-        if not 0 <= length <= self._length:
-            raise LocalProtocolError(f"cannot roll back to {length} tokens, there are {self._length}")
-        if length < self._length:  # else what is ready still follows
-            self._model.rollback(length)
-            self._lookup.rollback(length)
-            self._length, self._ready = length, []
+        if not 0 <= length <= len(self._tokens):
+            raise LocalProtocolError(f"cannot roll back to {length} tokens, there are {len(self._tokens)}")
+        if length < len(self._tokens):  # else what is ready still follows
+            self._reject(length)
+            if self._lookup is not None:
+                self._lookup.rollback(length)
+            del self._tokens[length:]
 
     def close(self) -> None:
         """Free the model; no other call may follow."""
         self._model.close()
-        self._lookup.close()
+        if self._lookup is not None:
+            self._lookup.close()
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        self._tokens += tokens
+        if self._lookup is not None:
+            self._lookup.extend(tokens)
+
+    def _reject(self, length: int) -> None:
+        """Take the model back to this length; the path that it leaves is good for guesses."""
+        self._model.rollback(length)
+        self._rejected.replace(length, [*self._tokens[length:], *(token for token, *_ in self._ready)])
+        self._ready = []
 
     def _draft(self) -> list[tuple[int, float, str, Siblings]]:
-        """Let the model draft at least one token, with a guess where that pays."""
-        length, guess = self._lookup.guess(_MOST_GUESSED)
-        matches = range(length, length + len(guess))  # each token, if it is right, makes the match longer
-        guess = guess[: guess_length(list(map(self._chances.after, matches)), self._row_ms)]
-        proposal = self._model.propose_checked(guess)
+        """Let the model draft at least one token, with the guess that pays best, if any does."""
+        guesses = [_Guess(RECYCLED, *self._rejected.guess(self._behind(), _MOST_GUESSED), self._rejected.chances)]
+        if self._lookup is not None:
+            guesses.append(_Guess(ngram.SOURCE, *self._lookup.guess(_MOST_GUESSED), self._copy_chances))
+        (length, _), best = max(((guess.best(self._row_ms), guess) for guess in guesses), key=lambda pair: pair[0][1])
+        proposal = self._model.propose_checked(best.tokens[:length])
+        for guess in guesses:
+            guess.chances.learn(guess.match, guess.tokens, proposal.tokens)
         right = max(0, len(proposal.tokens) - 1)  # the last one is the model's own
-        for index, match in enumerate(matches[: min(right + 1, len(guess))]):
-            self._chances.observe(match, index < right)
-        sources = (ngram.SOURCE,) * right + (MODEL_SOURCE,)
+        sources = (best.source,) * right + (MODEL_SOURCE,)
         siblings = proposal.siblings or ((),) * len(proposal.tokens)
         return list(zip(proposal.tokens, proposal.confidence, sources, siblings, strict=False))
+
+    def _behind(self) -> list[int]:
+        """The text from where the rejected path began."""
+        return self._tokens[self._rejected.start :] if self._rejected else []

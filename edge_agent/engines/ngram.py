@@ -9,35 +9,16 @@ that the user wrote or read before can be searched, too; it stays on the device.
 from collections.abc import Sequence
 
 from shared.core.errors import LocalProtocolError
+from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
 from shared.engine import Capabilities, Proposal
 
 SOURCE = "ngram"
 _KEY_TOKENS = 2  # what a single token was followed by is right one time in five
-_LONGEST_MATCH = 16
 _TRIED = 32  # of the places that end alike, the latest
 # How often a token is right by the length of its match: greedy answers of SmolLM2-135M to 49 prompts of Spec-Bench.
-_CHANCES = (0.0, 0.2, 0.5, 0.6, 0.65, 0.7, 0.75, *[0.8] * 7, *[0.9] * 2, 0.95)
-_PRIOR_WEIGHT = 8.0  # observations
-_WINDOW = 64.0
-
-
-class CopyChances:
-    """How often a copied token is right, by the length of the match before it: a prior, drawn to what is observed."""
-
-    def __init__(self) -> None:
-        self._seen = [(chance, _PRIOR_WEIGHT) for chance in _CHANCES]
-
-    def after(self, match_tokens: int) -> float:
-        """Probability, 0 to 1, that what followed a match of this length follows again."""
-        return self._seen[min(match_tokens, _LONGEST_MATCH)][0]
-
-    def observe(self, match_tokens: int, was_right: bool) -> None:
-        """Learn from one token."""
-        length = min(match_tokens, _LONGEST_MATCH)
-        chance, seen = self._seen[length]
-        seen = min(seen + 1, _WINDOW)
-        self._seen[length] = (chance + (was_right - chance) / seen, seen)
+CHANCES = (0.0, 0.2, 0.5, 0.6, 0.65, 0.7, 0.75, *[0.8] * 7, *[0.9] * 2, 0.95)
+_LONGEST_MATCH = len(CHANCES) - 1
 
 
 class TokenIndex:
@@ -95,7 +76,7 @@ class NgramDraft:
         self._session = TokenIndex()
         self._past = TokenIndex()
         self._past.extend(past_texts)
-        self._chances = CopyChances()
+        self._chances = MatchChances(CHANCES)
         self._unjudged: list[tuple[int, int]] = []  # copied tokens: position, length of match
 
     def __repr__(self) -> str:

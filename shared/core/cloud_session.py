@@ -26,6 +26,9 @@ When no drafts are pending, `self_decode` decides: `always` decodes, `idle` deco
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 
+A decode step of one session alone may carry *recycled* rows: a guess at how the text goes on, from the path that was
+rejected last (`rejected_path`). They are judged as drafts are, but count as none: what they tell is not the edge's.
+
 Drafts may arrive while a step is in flight: they name their prefix by hash, so they hang where they belong, and what
 the step commits re-roots them.
 """
@@ -35,12 +38,13 @@ from math import exp, inf
 
 from shared.core.acceptance import Calibration
 from shared.core.acceptance_report import RequestAcceptance
-from shared.core.draft_tree import DraftTree, Grafted, Node, chains
+from shared.core.draft_tree import DraftTree, Grafted, Node, chains, detached, hash_behind
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.forecast import Forecast
 from shared.core.messages import Commit, Draft, Finish, Open, SessionStatus, Want
 from shared.core.policies import Decodes, Offer, Outlook
+from shared.core.rejected_path import RejectedPath
 from shared.core.settings import CloudSettings, SelfDecode
 from shared.core.siblings import SIBLING_PRIOR
 from shared.core.tokens import TokenLog
@@ -51,10 +55,14 @@ _LEAST_GOODPUT = 1.0  # tokens/s: bounds the weight of a session that has none y
 
 @dataclass(slots=True)
 class _Step:
-    """A step in flight: it feeds `fed` committed tokens, then the draft nodes; `partial`: a prefill chunk, no nodes."""
+    """A step in flight: it feeds `fed` committed tokens, then the nodes; `partial`: a prefill chunk, no nodes.
+
+    `is_recycled`: the nodes are no drafts, but a guess from a rejected path.
+    """
 
     fed: int
     nodes: list[Node]
+    is_recycled: bool
     partial: bool
     queue_ms: float
 
@@ -94,6 +102,8 @@ class CloudSession:
         self._is_starved = False
         self._step: _Step | None = None
         self._offered: list[Node] = []
+        self._rejected = RejectedPath()
+        self._is_recycling = False  # what is offered are no drafts
         self._ready_at = now
         self._recent_tokens = 0.0  # committed in the goodput window, older ones fading
         self.acceptance = RequestAcceptance()
@@ -186,8 +196,13 @@ class CloudSession:
             if stands:
                 self._forecast.arrived(path.start + stands, self._held_until is not None, now)
                 self._held_until = None
+            start, tokens = path.start + stands, path.tokens[stands:]
             if grafted.differs:
-                self._forecast.differed(path.start + stands)
+                self._forecast.differed(start)
+                if start > self._rejected.start:  # else it is a message from before
+                    self._rejected.replace(start, tokens, hash_behind(path.parent_hash, path.tokens))
+            elif grafted.stale:
+                self._rejected.follow(start, path.parent_hash, tokens, hash_behind(path.parent_hash, tokens))
             for branch in branches:
                 grafted += self._tree.graft(branch)
         self.stale_tokens += grafted.stale
@@ -217,6 +232,7 @@ class CloudSession:
         if log_len - self._acked_len >= settings.window_tokens:
             return None
         tables = self._calibration.table, self._sibling_calibration.table
+        self._is_recycling = False
         self._offered, worth = self._tree.best(settings.max_draft_rows, self._limit - 2, *tables)
         decodes = self._decodes(now)
         prefill_rows = log_len - self.cached_len - 1
@@ -224,6 +240,18 @@ class CloudSession:
             return None
         weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
         return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
+
+    def recycle(self) -> list[float]:
+        """Offer recycled rows beside a decode step that has no drafts: how likely each is right.
+
+        At most `max_draft_rows`; call after `offer`, where a guess of them is not compared with other sessions' rows.
+        """
+        most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log))
+        if self._offered or not self._rejected or most < 1:
+            return []
+        tokens, worth = self._rejected.offer(self.log.tokens(self._rejected.start), most)
+        self._offered, self._is_recycling = detached(len(self.log) - 1, tokens), True
+        return worth
 
     def hold(self, until: float) -> None:
         """No step before that time, unless drafts come; a hold that goes on keeps its end."""
@@ -249,7 +277,8 @@ class CloudSession:
             node.row = row
             parents.append(len(fed) + node.parent.row)
             tokens.append(node.token)
-        self._step = _Step(len(fed), nodes, partial, (now - self._ready_at) * 1000)
+        queue_ms = (now - self._ready_at) * 1000
+        self._step = _Step(len(fed), nodes, self._is_recycling, partial, queue_ms)
         return Rows(
             session_id=self.key,
             start=self.cached_len,
@@ -275,6 +304,10 @@ class CloudSession:
             return Stepped(None, start, tuple(range(step.fed)))
         self._ready_at = now
         accepted, tokens = self._judge(step, selected)
+        self._rejected.judge(tokens)
+        if rejected := self._tree.rejected(tokens):
+            wrong = [node.token for node in rejected]
+            self._rejected.replace(rejected[0].position, wrong, rejected[-1].prefix_hash)
         self.log.extend(tokens)
         judged = self._tree.advance(tokens)
         self._tree.limit = max_ahead
@@ -290,8 +323,9 @@ class CloudSession:
         commit = Commit(
             start=len(self.log) - len(tokens),
             tokens=tokens,
-            num_drafted=len(step.nodes),
-            num_accepted=len(accepted),
+            num_drafted=0 if step.is_recycled else len(step.nodes),
+            num_accepted=0 if step.is_recycled else len(accepted),
+            num_recycled=len(accepted) if step.is_recycled else 0,
             finish=self.finish,
             queue_ms=step.queue_ms,
             verify_ms=verify_ms,

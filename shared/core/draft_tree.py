@@ -85,6 +85,24 @@ def chains(draft: Draft) -> list[Draft]:
     return pieces if split else pieces[1:]
 
 
+def detached(position: int, tokens: Sequence[int]) -> list[Node]:
+    """A chain of nodes behind the token at `position`, part of no tree."""
+    nodes, parent = list[Node](), Node(-1, position, 0, 255)
+    for token in tokens:
+        child = Node(token, parent.position + 1, 0, 255, parent)
+        parent.children[token] = child
+        nodes.append(child)
+        parent = child
+    return nodes
+
+
+def hash_behind(prefix_hash: int, tokens: Sequence[int]) -> int:
+    """The hash of a prefix and these tokens behind it."""
+    for token in tokens:
+        prefix_hash = next_hash(prefix_hash, token)
+    return prefix_hash
+
+
 class DraftTree:
     """At most `limit` pending tokens on top of a committed `TokenLog` that the owner keeps."""
 
@@ -106,12 +124,15 @@ class DraftTree:
     @property
     def path_len(self) -> int:
         """How far the pending drafts go along first children: the edge's own path."""
-        if self._chain is not None:
-            return len(self._chain)
-        node, length = self._root, 0
-        while node.children:
-            node, length = next(iter(node.children.values())), length + 1
-        return length
+        return len(self._chain if self._chain is not None else self._first_children())
+
+    def rejected(self, tokens: Sequence[int]) -> Sequence[Node]:
+        """The edge's own path from where it differs from tokens that are about to be committed; empty: nowhere."""
+        path = self._chain if self._chain is not None else self._first_children()
+        for index, (node, token) in enumerate(zip(path, tokens, strict=False)):
+            if node.token != token:
+                return path[index:]
+        return ()
 
     def graft(self, draft: Draft) -> Grafted:
         """Apply a draft without branches (see `chains`) where its prefix stands."""
@@ -194,6 +215,13 @@ class DraftTree:
             nodes.append(node)
             worth.append(path_worth)
         return nodes, worth
+
+    def _first_children(self) -> list[Node]:
+        path, node = list[Node](), self._root
+        while node.children:
+            node = next(iter(node.children.values()))
+            path.append(node)
+        return path
 
     def _attach(self, parent: Node, tokens: Sequence[int], confidence: bytes, begin: int) -> Grafted:
         """Hang `tokens` from index `begin` on; the ones before are committed."""

@@ -134,9 +134,10 @@ class Close:
 class Commit:
     """Target tokens for positions `start`, ...: `num_accepted` accepted drafts, then one next_token.
 
-    `num_drafted` draft tokens were evaluated in this step. `max_ahead` is how many tokens beyond `committed_len` the
-    verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits (for a time), which is
-    the next one if the verifier `is_holding`.
+    `num_drafted` draft tokens were evaluated in this step. Where there were none, `num_recycled` tokens before the
+    next_token were guessed by the verifier itself, from a rejected path. `max_ahead` is how many tokens beyond
+    `committed_len` the verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits for
+    a time, which is the next one if the verifier `is_holding`.
     """
 
     start: int
@@ -149,6 +150,7 @@ class Commit:
     max_ahead: int = 0
     hold_tokens: int = 0
     is_holding: bool = False
+    num_recycled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

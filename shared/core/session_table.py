@@ -140,11 +140,9 @@ class SessionTable:
             return plan
         if len(offered) == 1:
             ((session, offer),) = offered
-            allotment = (
-                decided[1]
-                if decided and decided[0] is session
-                else self._allot_alone(session, offer, now, may_ask=False)
-            )
+            offer.recycled = session.recycle()
+            is_decided = decided is not None and decided[0] is session
+            allotment = decided[1] if decided and is_decided else self._allot_alone(session, offer, now, may_ask=False)
         else:
             allotment = self._policy.allot([offer for _, offer in offered])
         if allotment.hold_ms:
@@ -222,6 +220,7 @@ class SessionTable:
         offer = session.offer(now) if is_alone else None
         if offer is None:
             return commit
+        offer.recycled = session.recycle()
         allotment = self._allot_alone(session, offer, now, may_ask=True)
         self._decided = session, allotment
         hold_tokens = max(allotment.asked_tokens - session.pending_siblings, 0)

@@ -155,7 +155,7 @@ class Close(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding")
+    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding", "num_recycled")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class Commit(_message.Message):
     MAX_AHEAD_FIELD_NUMBER: _ClassVar[int]
     HOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_HOLDING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECYCLED_FIELD_NUMBER: _ClassVar[int]
     start: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     num_drafted: int
@@ -176,7 +177,8 @@ class Commit(_message.Message):
     max_ahead: int
     hold_tokens: int
     is_holding: bool
-    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ...) -> None: ...
+    num_recycled: int
+    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ..., num_recycled: _Optional[int] = ...) -> None: ...
 
 class NeedTokens(_message.Message):
     __slots__ = ()

@@ -78,7 +78,10 @@ class BestRate:
             hold_ms = max(choice.hold_ms, outlook.rtt_ms) if outlook.may_ask else choice.hold_ms
             hold_ms += _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms
             return Allotment([0], hold_ms=hold_ms, asked_tokens=choice.asked)
-        return Allotment([1 + choice.drafts], asked_tokens=choice.asked)
+        rows = 1 + choice.drafts
+        if rows == 1 and offer.recycled:
+            rows += self._step_rule.recycled_rows(offer.recycled, outlook)
+        return Allotment([rows], asked_tokens=choice.asked)
 
     def _allot_shared(self, offers: Sequence[Offer]) -> list[int]:
         grants = [0] * len(offers)

@@ -27,6 +27,8 @@ best to verify, whichever is worth more (`_asked`). The edge sends what was aske
 nobody asks for comes as the edge sends by itself: one message just before each step that it foresees (`_gather`). What
 was asked for stays asked for, whatever is chosen later.
 
+A decode step without drafts may carry recycled rows (`rejected_path`), as many as are worth their time at the rate g.
+
 Everything is expectation under a forecast, made anew whenever something arrives.
 """
 
@@ -146,6 +148,12 @@ class StepRule:
         asked = asks_for if asks_for > max(len(worth), decodes) else 0
         asked = max(asked, outlook.asked_tokens)  # what was asked for is on its way
         return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
+
+    def recycled_rows(self, worth: Sequence[float], outlook: Outlook) -> int:
+        """How many recycled rows of this worth a decode step should carry: as long as each is worth its time."""
+        cost = self._cost[1 : 2 + len(worth)]
+        gains = np.cumsum([0.0, *worth[: len(cost) - 1]]) - self._solve(outlook).rate * cost
+        return int(gains.argmax())
 
     def _solve(self, outlook: Outlook) -> _Reachable:
         """The rate at which the best plan after a break is worth nothing more than its time."""

@@ -186,9 +186,11 @@ class Checks:
 
     def committed(self, edge: SimEdge, commit: Commit, now: float) -> None:
         """A step commits what it accepted and the token after it, unless an accepted one ended the text."""
-        is_drafted_end = commit.finish is Finish.STOP and len(commit.tokens) == commit.num_accepted
-        if len(commit.tokens) != commit.num_accepted + 1 and not is_drafted_end:
+        num_foretold = commit.num_accepted + commit.num_recycled
+        is_foretold_end = commit.finish is Finish.STOP and len(commit.tokens) == num_foretold
+        if len(commit.tokens) != num_foretold + 1 and not is_foretold_end:
             self.violated(edge, now, f"{commit} has no next_token")
+        self.visits["recycled"] += commit.num_recycled > 0
         if commit.num_accepted > commit.num_drafted:
             self.violated(edge, now, f"{commit} accepts more than was drafted")
 

@@ -43,15 +43,21 @@ class ToyModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HashModel:
-    """Token = hash of the prefix; id 0 (the stop token of the tests) comes with probability `stop_rate`."""
+    """Token = hash of the prefix; id 0 (the stop token of the tests) comes with probability `stop_rate`.
+
+    At a fraction `habit` of the positions it is a hash of the position alone: a text comes back to a path it has left.
+    """
 
     salt: int
     stop_rate: float = 0.0
     vocabulary: int = 1000
+    habit: float = 0.0
 
     def token(self, prefix_hash: int, last: int, position: int, sampling: Sampling) -> int:
         """See `ToyModel`."""
-        mixed = _mix(prefix_hash, self.salt)
+        mixed = _mix(position, self.salt) if self.habit else 0
+        if (mixed >> 40) / (1 << 24) >= self.habit:
+            mixed = _mix(prefix_hash, self.salt)
         if (mixed >> 40) / (1 << 24) < self.stop_rate:
             return 0
         return 1 + mixed % (self.vocabulary - 1)

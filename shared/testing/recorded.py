@@ -2,8 +2,8 @@
 
 A recording holds texts of a real target and, at each position, what a real draft model proposed after the true prefix,
 with its confidence. Played back, the target selects the recorded tokens and a draft is right where it was right then;
-only the durations are made up. Behind a wrong draft token the replayed draft goes on as if nothing had happened: those
-tokens are never accepted, so what they are matters to nobody.
+only the durations are made up. Behind a wrong draft token the replayed draft has nothing but token 0, which the texts
+never come back to, as real ones do: of what such a path is still good for, nothing is claimed.
 
 A session's prompt says what it plays: stream, offset into it, and two tokens that make it unlike all others
 (`Recording.prompt`). A text that is longer than its stream begins it again.
@@ -192,8 +192,11 @@ class RecordedDraft:
     def __init__(self, recording: Recording, draft: str) -> None:
         self._recording = recording
         self._all_drafts, self._all_confidences = recording.drafts[draft], recording.confidences[draft]
+        self._texts = recording.tokens
         self._drafts, self._confidences = list[int](), list[float]()  # of the stream that is played
+        self._is_right = list[bool]()
         self._offset = self._prompt_len = self._length = 0
+        self._right_len = _MAX_CONTEXT  # of the list, as far as it is the text
 
     @property
     def capabilities(self) -> Capabilities:
@@ -210,7 +213,8 @@ class RecordedDraft:
         stream, self._offset = tokens[:2]
         self._drafts = self._all_drafts[stream].tolist()
         self._confidences = (self._all_confidences[stream] / 255).tolist()
-        self._prompt_len, self._length = prompt_len, len(tokens)
+        self._is_right = (self._all_drafts[stream] == self._texts[stream]).tolist()
+        self._prompt_len, self._length, self._right_len = prompt_len, len(tokens), _MAX_CONTEXT
 
     def extend(self, tokens: Sequence[int]) -> None:
         """See `DraftEngine`."""
@@ -219,15 +223,21 @@ class RecordedDraft:
     def propose(self, n: int) -> Proposal:
         """See `DraftEngine`."""
         begin = self._offset + self._length - self._prompt_len
-        at = [position % len(self._drafts) for position in range(begin, begin + n)]
-        self._length += n
-        return Proposal(tuple([self._drafts[i] for i in at]), tuple([self._confidences[i] for i in at]))
+        tokens, confidences = list[int](), list[float]()
+        for index in (position % len(self._drafts) for position in range(begin, begin + n)):
+            tokens.append(self._drafts[index] if self._length < self._right_len else 0)
+            confidences.append(self._confidences[index])
+            if not self._is_right[index]:
+                self._right_len = min(self._right_len, self._length + 1)
+            self._length += 1
+        return Proposal(tuple(tokens), tuple(confidences))
 
     def rollback(self, length: int) -> None:
         """See `DraftEngine`."""
         if length > self._length:
             raise LocalProtocolError(f"rollback to {length} of a draft engine with {self._length} tokens")
         self._length = length
+        self._right_len = self._right_len if length >= self._right_len else _MAX_CONTEXT
 
     def close(self) -> None:
         """See `DraftEngine`."""

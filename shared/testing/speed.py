@@ -25,6 +25,7 @@ from shared.testing.engines import TOY_VOCABULARY
 PROMPT = (1, 2)
 FRAME_BYTES = 76  # around a message: gRPC 5, HTTP/2 9, TLS 22, TCP/IP 40
 FEED_SHARE = 0.05  # a token that is fed takes this part of one that is drafted
+WRONG = 998  # a token that is in no text
 MARGIN = 64  # tokens of a script behind the end of the text: the edge drafts beyond it
 
 
@@ -32,7 +33,7 @@ MARGIN = 64  # tokens of a script behind the end of the text: the edge drafts be
 class Script:
     """What the target says after the prompt, what the draft model proposes at each position, and how sure it is.
 
-    Behind a wrong token the draft goes on as if nothing had happened; nothing of that is ever accepted.
+    Behind a wrong token the draft proposes `WRONG` ones only: the text never comes back to a path that it has left.
     """
 
     tokens: Sequence[int]
@@ -44,7 +45,7 @@ class Script:
         """Drafts that are right with one probability at every position; with one seed, more often at a higher one."""
         random = Random(seed)
         tokens = [1 + index % 997 for index in range(length)]
-        drafts = [token if random.random() < acceptance else 998 for token in tokens]
+        drafts = [token if random.random() < acceptance else WRONG for token in tokens]
         return cls(tokens, drafts, [0.8] * length)
 
 
@@ -172,8 +173,10 @@ class TimedPair:
 
     def _drafted(self, draft: fx.Draft) -> None:
         self._is_drafting = False
-        start = draft.start - len(PROMPT)
+        start, log = draft.start - len(PROMPT), self.edge.path.log
         tokens = tuple(self._script.drafts[start : start + draft.n])
+        right = 0 if log.tokens(draft.start - 1, draft.start) == (WRONG,) else (*tokens, WRONG).index(WRONG)
+        tokens = tokens[:right] + (WRONG,) * (len(tokens) - right)
         confidences = tuple(self._script.confidences[start : start + draft.n])
         self._enact(self.edge.drafted(tokens, confidences, self.now))
 

@@ -20,7 +20,15 @@ def script(lab: Lab) -> None:
 
 
 def report(**counts: int) -> dict[str, int]:
-    names = ("sessions", "prefill_rows", "draft_rows", "self_decode_rows", "num_drafted", "num_accepted")
+    names = (
+        "sessions",
+        "prefill_rows",
+        "draft_rows",
+        "self_decode_rows",
+        "num_drafted",
+        "num_accepted",
+        "num_recycled",
+    )
     return {**dict.fromkeys((*names, "num_committed"), 0), **counts}
 
 

@@ -23,15 +23,16 @@ def test_a_request_by_hand() -> None:
     all_right = Commit(3, (1, 2, 3), num_drafted=2, num_accepted=2)
     none_right = Commit(6, (4,), num_drafted=3, num_accepted=0)
     first_right = Commit(7, (5, 6), num_drafted=3, num_accepted=1)
-    self_decoded = Commit(9, (7,))
+    self_decoded = Commit(9, (7, 8), num_recycled=1)
     assert counted(all_right, none_right, first_right, self_decoded).report() == {
         "num_steps": 4,
         "num_drafts": 3,
         "num_draft_tokens": 8,
         "num_accepted_tokens": 3,
+        "num_recycled_tokens": 1,
         "num_accepted_tokens_per_pos": [2, 1],
         "acceptance_rate": 0.375,
-        "mean_acceptance_length": 1.75,
+        "mean_acceptance_length": 2.0,
     }
 
 

@@ -203,6 +203,20 @@ def test_own_path_goes_along_first_children(log: TokenLog, tree: DraftTree) -> N
     assert tree.path_len == 1
 
 
+def test_rejected_is_the_own_path_from_its_first_wrong_token(log: TokenLog, tree: DraftTree) -> None:
+    tree.graft(on_end(log, (5, 6, 7)))
+
+    def rejected(*tokens: int) -> list[tuple[int, int]]:
+        return [(node.position, node.token) for node in tree.rejected(tokens)]
+
+    end = len(log)
+    assert rejected(5, 6) == rejected(5, 6, 7, 8) == rejected() == []
+    assert rejected(5, 9) == [(end + 1, 6), (end + 2, 7)]
+    tree.graft(on_end(log, (8,)))  # a sibling is no part of it
+    assert rejected(8) == [(end, 5), (end + 1, 6), (end + 2, 7)]
+    assert rejected(5, 6, 9) == [(end + 2, 7)]
+
+
 def test_tree_in_one_draft_is_a_chain_and_its_branches(log: TokenLog) -> None:
     prefix_hash = log.hash_at(2)
     draft = Draft(2, prefix_hash, (5, 6, 8, 9, 7), bytes((1, 2, 3, 4, 5)), parents=(-1, 0, 3))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from edge_agent.engines.lookup_draft import LookupDraft, guess_length, measure_row_ms
+from edge_agent.engines.lookup_draft import RECYCLED, LookupDraft, guess_length, measure_row_ms
 from edge_agent.engines.ngram import NgramDraft
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
@@ -49,7 +49,7 @@ class CheckingToy(ToyDraft):
 
 
 def lookup(model: CheckingToy, row_ms: Sequence[float] = CHEAP_ROWS) -> LookupDraft:
-    return LookupDraft(model, NgramDraft(TOY_VOCABULARY, 1000), row_ms)
+    return LookupDraft(model, row_ms, NgramDraft(TOY_VOCABULARY, 1000))
 
 
 def drafted(engine: LookupDraft, n: int) -> list[tuple[int, str]]:
@@ -71,6 +71,35 @@ def test_a_text_that_repeats_itself_takes_fewer_forwards(slip: int) -> None:
     assert model.num_forwards < 50
     assert {source for _, source in found} == {"ngram", MODEL_SOURCE}
     assert {source for _, source in found[:8]} == {MODEL_SOURCE}, "nothing to copy yet"
+
+
+def test_a_path_that_was_rejected_is_not_drafted_token_by_token_again() -> None:
+    model = CheckingToy(LoopingModel(period=400))
+    engine = LookupDraft(model, CHEAP_ROWS)
+    engine.reset([1, 2, 3], Sampling(), 3)
+    path = [token for token, _ in drafted(engine, 20)]
+    engine.rollback(5)
+    engine.extend([99])  # and then all goes on as before
+    before = model.num_forwards
+    again = drafted(engine, 17)
+    assert [token for token, _ in again] == path[3:]
+    assert model.num_forwards - before <= 6
+    assert {source for _, source in again} == {RECYCLED, MODEL_SOURCE}
+    engine.reset([1, 2, 3], Sampling(), 3)
+    assert {source for _, source in drafted(engine, 20)} == {MODEL_SOURCE}, "that was another text"
+
+
+def test_what_was_ready_when_the_text_went_another_way_is_a_rejected_path() -> None:
+    model = CheckingToy(LoopingModel(period=400))
+    engine = LookupDraft(model, CHEAP_ROWS)
+    engine.reset([1, 2, 3], Sampling(), 3)
+    drafted(engine, 20)
+    engine.rollback(5)
+    engine.extend([99])
+    while not engine._ready:
+        engine.propose(1)
+    engine.extend([98])
+    assert engine._rejected.start == len(engine._tokens) - 1
 
 
 def test_where_rows_cost_as_much_as_forwards_nothing_is_guessed() -> None:
@@ -143,17 +172,17 @@ def test_it_is_the_models_kind_and_says_what_it_holds() -> None:
     engine = lookup(model)
     engine.reset([1, 2, 3], Sampling(), 3)
     assert (engine.fingerprint, engine.capabilities) == (model.fingerprint, model.capabilities)
-    assert repr(engine).startswith("<LookupDraft 3 tokens, 0 ready, <NgramDraft 3 tokens")
+    assert repr(engine).startswith("<LookupDraft 3 tokens, 0 ready, <RejectedPath of 0 tokens")
     engine.close()
     assert len(model.log) == 0
 
 
 def test_the_length_of_a_guess_is_what_pays() -> None:
-    assert guess_length([1.0] * 9, CHEAP_ROWS) == 7, "as far as costs are known"
-    assert guess_length([0.9, 0.9, 0.1, 0.9], CHEAP_ROWS) == 2
-    assert guess_length([0.2, 0.2], [10.0, 12.0, 14.0]) == 0
-    assert guess_length([0.2, 1.0, 1.0], [10.0, 12.1, 13.0, 13.5]) == 3, "a poor first one may be worth what follows"
-    assert guess_length([], CHEAP_ROWS) == 0
+    assert guess_length([1.0] * 9, CHEAP_ROWS) == (7, 8 / 17.0), "as far as costs are known"
+    assert guess_length([0.9, 0.9, 0.1, 0.9], CHEAP_ROWS)[0] == 2
+    assert guess_length([0.2, 0.2], [10.0, 12.0, 14.0]) == (0, 0.1)
+    assert guess_length([0.2, 1.0, 1.0], [10.0, 12.1, 13.0, 13.5])[0] == 3, "a poor first one may be worth what follows"
+    assert guess_length([], CHEAP_ROWS)[0] == 0
 
 
 def test_rows_are_measured_as_one_forward_each() -> None:

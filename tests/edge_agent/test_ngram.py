@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.engines.ngram import SOURCE, CopyChances, NgramDraft, TokenIndex
+from edge_agent.engines.ngram import CHANCES, SOURCE, NgramDraft, TokenIndex
 from shared.core.errors import LocalProtocolError
+from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
 from shared.engine import Proposal
 
@@ -112,7 +113,7 @@ class TestDraft:
 
 class TestChances:
     def test_they_are_learnt_by_the_length_of_the_match(self) -> None:
-        chances = CopyChances()
+        chances = MatchChances(CHANCES)
         before = chances.after(3)
         for _ in range(100):
             chances.observe(2, was_right=True)
@@ -131,4 +132,4 @@ class TestChances:
         assert first.tokens == (4, 5, 2)
         assert first.confidence[0] > 0.7
         assert first.confidence[1] < 0.3
-        assert first.confidence[2] == CopyChances().after(4), "what follows a wrong one says nothing"
+        assert first.confidence[2] == MatchChances(CHANCES).after(4), "what follows a wrong one says nothing"

@@ -50,6 +50,7 @@ def test_a_sequence_by_hand() -> None:
         "num_drafts": 1,
         "num_draft_tokens": 4,
         "num_accepted_tokens": 2,
+        "num_recycled_tokens": 0,
         "num_accepted_tokens_per_pos": [1, 1],
         "acceptance_rate": 0.5,
         "mean_acceptance_length": 2.0,

@@ -134,6 +134,16 @@ def test_session_alone_is_served_as_the_step_rule_says() -> None:
     assert dear.allot([replace(never, decodes=Decodes.SPARE)]) == Allotment([1])
 
 
+def test_decode_step_alone_carries_recycled_rows_that_pay() -> None:
+    policy = BestRate(lambda rows: 30.0 if rows <= 4 else 55.0, 64)
+    decoding = replace(offer(), outlook=replace(SOON, rtt_ms=200.0, next_ms=201.0, asked_ms=200.0))
+    recycling = replace(decoding, recycled=[0.5, 0.4, 0.3, 0.2, 0.1])
+    assert policy.allot([decoding]).rows == [1]
+    assert policy.allot([recycling]).rows == [4]
+    assert policy.allot([recycling, recycling]).rows == [1, 1]
+    assert policy.allot([replace(recycling, outlook=SOON)]).rows == [0], "one that waits for drafts carries none"
+
+
 def test_nobody_waits_while_another_session_or_a_prompt_is_ready() -> None:
     policy = BestRate(lambda rows: 30.0 + rows, 64)
     held = replace(offer(), outlook=SOON)

@@ -185,3 +185,12 @@ def test_solutions_are_kept_but_not_without_bound() -> None:
 def test_patience_is_finite() -> None:
     for acceptance in (0.3, 0.9, 1.0):
         assert FLAT.choose([], after_break(acceptance, 5.0, 150.0)).hold_ms < inf
+
+
+def test_recycled_rows_are_taken_as_long_as_each_is_worth_its_time() -> None:
+    broken = after_break(0.8, 1.0, 50.0)
+    stepwise = StepRule([30.0, 30.0, 30.0, 30.0, 55.0, 55.0])
+    assert stepwise.recycled_rows([0.4, 0.2, 0.1, 0.05], broken) == 2, "a third would be the fourth row's"
+    assert stepwise.recycled_rows([0.9] * 9, broken) == 4, "as many as the curve tells of"
+    assert StepRule(CURVES["steep"][: DRAFTS + 2]).recycled_rows([0.7, 0.6], broken) == 0
+    assert stepwise.recycled_rows([], broken) == 0

@@ -106,13 +106,33 @@ def test_target_has_the_cost_and_the_room_that_it_was_given() -> None:
 
 
 def test_draft_is_right_where_the_recorded_one_was() -> None:
-    draft, text = RecordedDraft(RECORDING, "q4_0"), RECORDING.text(PROMPT, 100)
+    draft, text = RecordedDraft(RECORDING, "q4_0"), RECORDING.text(PROMPT, 40)
     draft.reset(PROMPT, Sampling(), len(PROMPT))
-    proposed = draft.propose(40)
-    right = [ours == theirs for ours, theirs in zip(proposed.tokens, text, strict=False)]
+    right, sure = list[bool](), list[float]()
+    for index, token in enumerate(text):
+        proposed = draft.propose(1)
+        right.append(proposed.tokens == (token,))
+        sure += proposed.confidence
+        if not right[-1]:
+            draft.rollback(len(PROMPT) + index)
+            draft.extend((token,))
     recorded = np.roll(RECORDING.drafts["q4_0"][3] == RECORDING.tokens[3], -7)
     assert right == recorded[:40].tolist()
-    assert proposed.confidence == pytest.approx((np.roll(RECORDING.confidences["q4_0"][3], -7) / 255)[:40])
+    assert sure == pytest.approx((np.roll(RECORDING.confidences["q4_0"][3], -7) / 255)[:40])
+
+
+def test_behind_a_wrong_token_the_draft_never_comes_back_to_the_text() -> None:
+    draft, text = RecordedDraft(RECORDING, "q4_0"), RECORDING.text(PROMPT, 40)
+    draft.reset(PROMPT, Sampling(), len(PROMPT))
+    proposed = draft.propose(40).tokens
+    wrong = next(index for index, token in enumerate(text) if proposed[index] != token)
+    assert wrong < 30
+    assert set(proposed[wrong + 1 :]) == {0}
+    draft.rollback(len(PROMPT) + wrong + 1)
+    assert draft.propose(1).tokens == (0,), "the wrong one is still there"
+    draft.rollback(len(PROMPT) + wrong)
+    draft.extend(text[wrong : wrong + 1])
+    assert draft.propose(1).tokens != (0,)
 
 
 def test_draft_goes_on_from_where_it_is_after_rollback_and_extend() -> None:

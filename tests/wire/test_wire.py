@@ -117,6 +117,7 @@ def commits(draw: st.DrawFn) -> Commit:
         max_ahead=draw(INT),
         hold_tokens=draw(INT),
         is_holding=draw(st.booleans()),
+        num_recycled=draw(st.integers(0, 0 if num_drafted else len(tokens))),
     )
 
 
@@ -327,6 +328,8 @@ def test_malformed_edge_message_is_refused(message: pb.Open | pb.Draft | pb.Hear
         (pb.Commit(tokens=[0] * TOO_LONG), "at most 1048576"),
         (pb.Commit(tokens=[1, 2], num_drafted=1, num_accepted=2), "num_accepted is 2 of 1 drafted"),
         (pb.Commit(tokens=[1], num_drafted=2, num_accepted=2), "num_accepted is 2 of 2 drafted, with 1 tokens"),
+        (pb.Commit(tokens=[1], num_recycled=2), "num_recycled is 2, with 1 tokens and 0 drafted"),
+        (pb.Commit(tokens=[1, 2], num_drafted=1, num_recycled=1), "num_recycled is 1, with 2 tokens and 1 drafted"),
         (pb.Commit(num_drafted=2**31), "num_drafted"),
         (pb.Commit(max_ahead=2**31), "max_ahead"),
         (pb.Commit(hold_tokens=2**31), "hold_tokens"),

@@ -1,0 +1,36 @@
+"""How often a copied token is right, by how many tokens before it matched: a prior, drawn to what is observed."""
+
+from collections.abc import Sequence
+
+_PRIOR_WEIGHT = 8.0  # observations
+_WINDOW = 64.0
+
+
+class MatchChances:
+    """Learns one probability for each length of match; a longer match than the prior knows counts as its longest."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        """`prior[n]` is the probability, 0 to 1, after a match of n tokens."""
+        self._seen = [(chance, _PRIOR_WEIGHT) for chance in prior]
+
+    def __repr__(self) -> str:
+        return f"<MatchChances {', '.join(f'{chance:.2f}' for chance, _ in self._seen)}>"
+
+    def after(self, match_tokens: int) -> float:
+        """Probability, 0 to 1, that what followed a match of this length follows again."""
+        return self._seen[min(match_tokens, len(self._seen) - 1)][0]
+
+    def observe(self, match_tokens: int, was_right: bool) -> None:
+        """Learn from one token."""
+        length = min(match_tokens, len(self._seen) - 1)
+        chance, seen = self._seen[length]
+        seen = min(seen + 1, _WINDOW)
+        self._seen[length] = (chance + (was_right - chance) / seen, seen)
+
+    def learn(self, match_tokens: int, guess: Sequence[int], text: Sequence[int]) -> None:
+        """Learn from a guess, behind a match of this length, once `text` is what really came there."""
+        for guessed, token in zip(guess, text, strict=False):
+            self.observe(match_tokens, guessed == token)
+            if guessed != token:
+                return
+            match_tokens += 1  # each token, if it is right, makes the match longer

@@ -1,0 +1,171 @@
+"""A decode step guesses on from the path that was rejected; what it tells is the verifier's own."""
+
+from dataclasses import replace
+
+import pytest
+
+from shared.core.cloud_session import CloudSession
+from shared.core.effects import CloudEffect, Rows, Send
+from shared.core.messages import Commit, Draft, Finish, Heartbeat
+from shared.core.session_table import SessionTable
+from shared.core.settings import SelfDecode
+from shared.core.tokens import TokenLog
+from shared.policy.scheduler import BestRate
+from tests.core import table as tables
+from tests.core.cloud import OPEN, SETTINGS, STOP, commit_of, draft_on, offered, planned, session_of, step
+
+
+def rejecting(*drafts: int, selected: int = 9) -> CloudSession:
+    """A session whose drafts were rejected at the first one, for `selected`."""
+    session = session_of(settings=replace(SETTINGS, window_tokens=50))
+    session.drafted(draft_on(session, *drafts), now=0.0)
+    planned(session)
+    step(session, selected, *[99] * len(drafts))
+    return session
+
+
+def recycling(session: CloudSession, most: int = 99) -> Rows:
+    assert offered(session).worth == []
+    return session.take(1 + min(len(session.recycle()), most), 0.0)
+
+
+def commits(effects: list[CloudEffect]) -> list[Commit]:
+    sent = [effect.message for effect in effects if isinstance(effect, Send)]
+    return [message for message in sent if isinstance(message, Commit)]
+
+
+def test_tokens_behind_the_rejected_one_are_guessed_again() -> None:
+    session = rejecting(5, 6, 7, 8)
+    rows = recycling(session)
+    assert (rows.tokens, rows.parents) == ((9, 6, 7, 8), (-1, 0, 1, 2))
+    commit = commit_of(step(session, 6, 7, 1, 99))
+    assert (commit.tokens, commit.num_recycled) == ((6, 7, 1), 2)
+    assert (commit.num_drafted, commit.num_accepted) == (0, 0), "they are no drafts of the edge"
+    assert session.log.tokens(3) == (9, 6, 7, 1)
+
+
+def test_kept_rows_are_those_that_were_right() -> None:
+    session = rejecting(5, 6, 7, 8)
+    recycling(session)
+    stepped = step(session, 6, 1, 99, 99)
+    assert (stepped.start, stepped.kept_rows, session.cached_len) == (3, (0, 1), len(session.log) - 1)
+
+
+def test_guess_that_was_not_granted_or_is_all_wrong_costs_nothing() -> None:
+    session = rejecting(5, 6, 7, 8)
+    assert recycling(session, most=0).tokens == (9,)
+    commit = commit_of(step(session, 6))
+    assert (commit.tokens, commit.num_recycled) == ((6,), 0)
+    assert recycling(session).tokens == (6, 7, 8)
+    commit = commit_of(step(session, 1, 99, 99))
+    assert (commit.tokens, commit.num_recycled) == ((1,), 0)
+
+
+def test_next_guess_knows_what_became_of_the_last() -> None:
+    session = rejecting(5, 6, 7, 8)
+    offered(session)
+    before = session.recycle()
+    session.take(1, 0.0)  # none of it: the text tells all the same
+    step(session, 6)
+    session.drafted(draft_on(session, 5, 6, 7), now=0.0)
+    planned(session)
+    step(session, 9, 99, 99, 99)
+    offered(session)
+    assert session.recycle()[0] > before[0]
+
+
+def test_guess_says_nothing_of_the_edges_drafts() -> None:
+    session = rejecting(5, 6, 7, 8)
+    session.acknowledged(3, draft_ms=5.0, rtt_ms=40.0, now=0.0)
+    offered(session)
+    before = session.outlook(0.0)
+    recycling(session)
+    step(session, 1, 99, 99, 99)
+    after = session.outlook(0.0)
+    assert before is not None
+    assert after is not None
+    assert after.acceptance == before.acceptance
+
+
+def test_drafts_go_before_a_guess() -> None:
+    session = rejecting(5, 6, 7, 8)
+    session.drafted(draft_on(session, 6), now=0.0)
+    assert offered(session).worth != []
+    assert session.recycle() == []
+    planned(session)
+    assert commit_of(step(session, 6, 1)).num_recycled == 0
+
+
+def test_guess_that_drafts_overtake_is_forgotten() -> None:
+    session = rejecting(5, 6, 7, 8)
+    offered(session)
+    session.recycle()
+    session.drafted(draft_on(session, 6), now=0.0)
+    assert planned(session) is not None
+    commit = commit_of(step(session, 6, 1))
+    assert (commit.num_drafted, commit.num_accepted, commit.num_recycled) == (1, 1, 0)
+
+
+def test_drafts_that_arrive_during_the_step_stand_or_fall_as_ever() -> None:
+    session = rejecting(5, 6, 7, 8)
+    recycling(session)
+    session.drafted(draft_on(session, 6, 7, 4), now=0.0)
+    step(session, 6, 7, 4, 99)
+    assert len(session.log) == 7
+    assert session.pending_tokens == 0
+    planned(session)
+    assert step(session, 1).commit is not None
+
+
+def test_rest_of_the_path_that_arrives_later_is_guessed_too() -> None:
+    session = session_of()
+    on_its_way = draft_on(session, 7, 8, after=(5, 6))
+    session.drafted(draft_on(session, 5, 6), now=0.0)
+    planned(session)
+    step(session, 9, 99, 99)
+    assert session.drafted(on_its_way, now=0.0).stale == 2
+    assert recycling(session).tokens == (9, 6, 7, 8)
+
+
+def test_path_that_arrives_after_the_text_has_left_it_is_guessed_too() -> None:
+    session = session_of()
+    late, later = draft_on(session, 9, 5, 6, 7), draft_on(session, 8, after=(9, 5, 6, 7))
+    for token in (9, 4):
+        planned(session)
+        step(session, token)
+    for draft in (late, later, late):  # the last one is a copy
+        session.drafted(draft, now=0.0)
+    assert recycling(session).tokens == (4, 6, 7, 8)
+
+
+def test_no_guess_reaches_beyond_the_text() -> None:
+    session = session_of(replace(OPEN, max_new_tokens=4), replace(SETTINGS, window_tokens=50))
+    session.drafted(draft_on(session, 5, 6, 7), now=0.0)
+    planned(session)
+    step(session, 9, 99, 99, 99)
+    assert recycling(session).tokens == (9, 6, 7)  # and next_token is the last
+    commit = commit_of(step(session, 6, 7, 1))
+    assert (commit.tokens, commit.finish) == ((6, 7, 1), Finish.LENGTH)
+
+
+def test_guessed_stop_token_ends_the_text() -> None:
+    session = rejecting(5, 6, STOP, 8)
+    recycling(session)
+    commit = commit_of(step(session, 6, STOP, 99, 99))
+    assert (commit.tokens, commit.num_recycled, commit.finish) == ((6, STOP), 2, Finish.STOP)
+
+
+@pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7, 8)), (30.0, (9,))])
+def test_table_grants_a_lone_session_the_rows_that_pay(row_ms: float, expected: tuple[int, ...]) -> None:
+    settings = replace(tables.SETTINGS, session=replace(tables.CLOUD, self_decode=SelfDecode.IDLE))
+    table = SessionTable(settings, BestRate(lambda rows: 30.0 + row_ms * (rows - 1), 64))
+    tables.opened(table, 1)
+    tables.step(table, 4)
+    table.receive(1, Heartbeat(0, 4, draft_ms=20.0, rtt_ms=150.0), now=0.0)
+    table.receive(1, Draft(4, TokenLog((1, 2, 3, 4)).hash_at(4), (5, 6, 7, 8)), now=0.0)
+    (rows,) = table.plan(0.0).batch
+    assert commits(table.stepped([(9, *[99] * 4)[: len(rows.tokens)]], 30.0, now=0.0))[0].tokens == (9,)
+    (rows,) = table.plan(0.0).batch  # as it was decided at the commit
+    assert rows.tokens == expected
+    (commit,) = commits(table.stepped([(6, 7, 1, 99)[: len(rows.tokens)]], 30.0, now=0.0))
+    assert commit.num_recycled == (2 if row_ms == 0.0 else 0)
