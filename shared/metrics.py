@@ -62,7 +62,10 @@ class VerifierMetrics:
         self.refusals = Counter("outrider_refusals", "Sessions given up, by reason", ["code"], registry=registry)
         self.stale_draft_tokens = counter("stale_draft_tokens", "Draft tokens dropped as stale")
         self.steps = counter("steps", "Target forwards")
-        self.rows = Counter("outrider_rows", "Rows evaluated by the target, by kind", ["kind"], registry=registry)
+        rows = Counter("outrider_rows", "Rows evaluated by the target, by kind", ["kind"], registry=registry)
+        self._prefill_rows, self._draft_rows, self._self_decode_rows = map(
+            rows.labels, ("prefill", "draft", "self_decode")
+        )
         self.drafted_tokens = counter("drafted_tokens", "Draft tokens evaluated")
         self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted")
         self.recycled_tokens = counter("recycled_tokens", "Tokens guessed by the verifier from rejected drafts")
@@ -77,9 +80,9 @@ class VerifierMetrics:
     def stepped(self, report: StepReport) -> None:
         """Count a step and observe how long its parts took."""
         self.steps.inc()
-        self.rows.labels("prefill").inc(report.prefill_rows)
-        self.rows.labels("draft").inc(report.draft_rows)
-        self.rows.labels("self_decode").inc(report.self_decode_rows)
+        self._prefill_rows.inc(report.prefill_rows)
+        self._draft_rows.inc(report.draft_rows)
+        self._self_decode_rows.inc(report.self_decode_rows)
         self.drafted_tokens.inc(report.num_drafted)
         self.accepted_tokens.inc(report.num_accepted)
         self.recycled_tokens.inc(report.num_recycled)

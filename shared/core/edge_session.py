@@ -246,6 +246,8 @@ class EdgeSession:
         held_len = (
             max(self.committed_len, self._opened_len) + self._max_ahead - path.sent_siblings if self._is_up else 0
         )
+        if not path.can_draft and path.sent_len >= min(len(path), held_len):
+            return []  # nothing to decide
         seen = path.observe(settled_len, held_len, self.link, self._max_ahead, now)
         drafts: list[EdgeEffect] = []
         if path.can_draft and self._request.ending(path.log) is Finish.NONE:

@@ -85,7 +85,8 @@ class PathSiblings:
                     break
                 chosen.append(Leaf(position, token, confidence))
                 left *= 1.0 - its_chance
-            self._num_sent[position] = len(chosen) - before
+            if len(chosen) > before:
+                self._num_sent[position] = len(chosen) - before
             reach *= chance
         return chosen
 

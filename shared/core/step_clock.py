@@ -89,11 +89,15 @@ class StepClock:
 
     def next_step(self, committed_len: int, sent_len: int, now: float) -> NextStep:
         """The next one that a message sent now would be in time for."""
-        began, length, step_ms = self._began, committed_len, 0.0
-        for _ in range(_MOST_STEPS if self._step_ms else 0):
-            landed = max((end for sent_at, end in self._sent if sent_at <= began), default=0)
-            drafts = min(max(landed - length, 0), max(self._step_ms))
-            step_ms = self._expected_ms(drafts)
+        began, length, step_ms, durations = self._began, committed_len, 0.0, self._step_ms
+        landing, landed, most = iter(self._sent), 0, max(durations, default=0)
+        sent_at, end = next(landing)
+        for _ in range(_MOST_STEPS if durations else 0):
+            while sent_at <= began:
+                landed = max(landed, end)
+                sent_at, end = next(landing, (inf, 0))
+            drafts = 0 if landed <= length else min(landed - length, most)
+            step_ms = durations[drafts] if drafts in durations else self._expected_ms(drafts)
             began += step_ms / 1000
             length += drafts + 1
             if began > now:
@@ -101,6 +105,7 @@ class StepClock:
         return NextStep(max(began - now, 0.0) * 1000, step_ms, max(sent_len - length, 0))
 
     def _expected_ms(self, drafts: int) -> float:
+        """Of a step with so many drafts, where none had as many yet: as the one with the most below that."""
         durations = self._step_ms
         fewer = [count for count in durations if count <= drafts]
         return durations[max(fewer) if fewer else min(durations)]

@@ -68,9 +68,9 @@ class Choice:
 class _Reachable:
     """The best rate, tokens per ms, the time from a break to the next draft, and what a path that stands is worth.
 
-    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n drafts commits
-    `gains[n]` more than `rate` would, the path stands behind it with probability `stands[n]`, and the next `best` are
-    here `lacking_ms[n]` after it. With these here the path is worth `most`.
+    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n = 0 .. `best` drafts
+    takes `cost_ms[n]` and commits `gains[n]` more than `rate` would, the path stands behind it with probability
+    `stands[n]`, and the next `best` are here `lacking_ms[n]` after it. With these here the path is worth `most`.
     """
 
     rate: float
@@ -78,6 +78,7 @@ class _Reachable:
     flow: float
     flow_ms: float
     best: int
+    cost_ms: _Floats
     gains: _Floats
     stands: _Floats
     lacking_ms: _Floats
@@ -195,10 +196,12 @@ class StepRule:
         best = int(values.argmax())
         flow = max(float(values[best]), 0.0)
         flow_ms = float(step_ms[best] / (1.0 - stands[best])) if flow > 0.0 else 0.0
-        lacking_ms = np.maximum(best - np.floor(self._cost[1:] / draft_ms), 0.0) * draft_ms
-        gains = tokens - rate * self._cost[1:]
+        cost_ms, stands = self._cost[1 : best + 2], stands[: best + 1]
+        lacking_ms = np.maximum(best - np.floor(cost_ms / draft_ms), 0.0) * draft_ms
+        gains = tokens[: best + 1] - rate * cost_ms
         most = float(gains[best] + stands[best] * flow)
-        return _Reachable(rate, rtt_ms + draft_ms, flow, flow_ms, best, gains, stands, lacking_ms, draft_ms, most)
+        answer_ms = rtt_ms + draft_ms
+        return _Reachable(rate, answer_ms, flow, flow_ms, best, cost_ms, gains, stands, lacking_ms, draft_ms, most)
 
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
         """What a path is worth with so many tokens here, and further ones in `next_ms`.
@@ -213,10 +216,12 @@ class StepRule:
         return values
 
     def _verified(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
-        drafts = np.minimum(np.maximum(here, 0), reachable.best)
-        late_ms = np.maximum(reachable.lacking_ms.take(drafts), next_ms - self._cost.take(1 + drafts))
-        onward = self._paused(reachable, reachable.flow, late_ms)
-        values: _Floats = reachable.gains.take(drafts) + reachable.stands.take(drafts) * onward
+        """What it is worth if of the tokens that are here as many as are best are verified, none where none is."""
+        # Each table ends at the best number, and begins with none: what is beyond is clipped.
+        lacking_ms, cost_ms = reachable.lacking_ms.take(here, mode="clip"), reachable.cost_ms.take(here, mode="clip")
+        onward = self._paused(reachable, reachable.flow, np.maximum(lacking_ms, next_ms - cost_ms))
+        stands, gains = reachable.stands.take(here, mode="clip"), reachable.gains.take(here, mode="clip")
+        values: _Floats = gains + stands * onward
         return values
 
     def _paused(self, reachable: _Reachable, worth: float | _Floats, pause_ms: _Floats) -> _Floats:
@@ -267,16 +272,27 @@ class StepRule:
         tokens = gained.take(self._until) - (gained[: len(self._decodes)] - self._decodes - 1.0)[:, None]
         took_ms = self._took_ms(path.asked_ms)
         waits = self._verifies & (self._until > path.pending)
-        onward, asks = self._unasked(path, reachable, took_ms, waits), self._until * waits
+        ways = [self._unasked(path, took_ms, waits)]
         if path.may_ask:
-            asked, then_asks = self._asked(path, reachable, took_ms)
-            is_asked = ~waits & (asked > onward + _LEAST_GAIN)
-            onward, asks = np.where(is_asked, asked, onward), np.where(is_asked, then_asks, asks)
-        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * onward
+            most = np.minimum(self._after + reachable.best - 1, len(self._tokens) - 1)
+            ways += self._asked(path, took_ms, self._after), self._asked(path, took_ms, most)
+        goes_on_ms, here, next_ms = (np.concatenate(each).reshape(-1, *waits.shape) for each in zip(*ways, strict=True))
+        onward = self._onward(reachable, here - self._after, next_ms)
+        onward = self._paused(reachable, onward, goes_on_ms - took_ms)
+        best, asks = onward[0], self._until * waits
+        if path.may_ask:
+            asked = np.maximum(onward[1], onward[2])
+            is_asked = ~waits & (asked > best + _LEAST_GAIN)
+            best = np.where(is_asked, asked, best)
+            asks = np.where(is_asked, np.where(onward[2] > onward[1], here[2], here[1]) - 1, asks)
+        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * best
         return values, asks
 
-    def _unasked(self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]) -> _Floats:
-        """What the path is worth behind each plan that asks for no more than what it waits for itself."""
+    def _unasked(self, path: _Path, took_ms: _Floats, waits: NDArray[np.bool_]) -> tuple[_Floats, _Ints, _Floats]:
+        """How the path goes on behind each plan that asks for no more than what it waits for itself.
+
+        When its first token behind the plan is here, how many tokens of the path are here then, and when the next is.
+        """
         # An edge that was asked aims its next message at the end of the step that waited for this one.
         aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
         told_ms = np.maximum(path.drafted_ms.take(self._after), took_ms + path.rtt_ms)  # if the plan's commit asks
@@ -284,24 +300,12 @@ class StepRule:
         goes_on_ms = np.maximum(np.where(waits, aimed_ms.take(self._after), first_ms), took_ms)
         here = np.where(waits, aimed_ms.searchsorted(goes_on_ms, "right"), unasked_ms.searchsorted(goes_on_ms, "right"))
         here = np.maximum(here, self._after + 1)
-        next_ms = np.where(waits, 0.0, unasked_ms.take(here, mode="clip") - goes_on_ms)
-        onward = self._onward(reachable, here - self._after, next_ms)
-        return self._paused(reachable, onward, goes_on_ms - took_ms)
+        return goes_on_ms, here, np.where(waits, 0.0, unasked_ms.take(here, mode="clip") - goes_on_ms)
 
-    def _asked(self, path: _Path, reachable: _Reachable, took_ms: _Floats) -> tuple[_Floats, _Ints]:
-        """What it is worth if tokens behind the plan are asked for, and how many tokens of the path are asked for then.
-
-        They are those that will be here when the plan ends, or as many as are best to verify.
-        """
+    def _asked(self, path: _Path, took_ms: _Floats, last: _Ints) -> tuple[_Floats, _Ints, _Floats]:
+        """The same if tokens behind the plan are asked for, at least up to `last`: those that will be here by then."""
         answered_ms = np.maximum(path.asked_ms, path.rtt_ms)
         answered_ms[: path.pending + 1] = 0.0
-        values, asks = np.full_like(took_ms, -np.inf), self._after
-        for last in (self._after, np.minimum(self._after + reachable.best - 1, len(self._tokens) - 1)):
-            goes_on_ms = np.maximum(answered_ms.take(last), took_ms)
-            here = answered_ms.searchsorted(goes_on_ms, "right")
-            next_ms = np.maximum(path.drafted_ms.take(here, mode="clip") - goes_on_ms, 0.0)
-            onward = self._onward(reachable, here - self._after, next_ms)
-            onward = self._paused(reachable, onward, goes_on_ms - took_ms)
-            asks = np.where(onward > values, here - 1, asks)
-            values = np.maximum(values, onward)
-        return values, asks
+        goes_on_ms = np.maximum(answered_ms.take(last), took_ms)
+        here = answered_ms.searchsorted(goes_on_ms, "right")
+        return goes_on_ms, here, np.maximum(path.drafted_ms.take(here, mode="clip") - goes_on_ms, 0.0)
