@@ -75,6 +75,8 @@ def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
         model.close()
         raise EngineError(f"{path.name} cannot roll back its cache, so it cannot draft; use another draft model")
     check_draft(model)
+    if not before and not model.can_check:
+        return LoadedDraft(model, tokenizer)
     lookup = _ngrams(config, tokenizer, model.capabilities.max_context) if before else None
     return LoadedDraft(LookupDraft(model, measure_row_ms(model), lookup), tokenizer)
 

@@ -71,6 +71,11 @@ class CachedDraft(ABC):
         return self._capabilities
 
     @property
+    def can_check(self) -> bool:
+        """Whether it gives the logits of several rows, as far as it knows: `propose_checked` needs them."""
+        return True
+
+    @property
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
         """The vocabulary that its token ids belong to."""

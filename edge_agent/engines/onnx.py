@@ -72,6 +72,11 @@ class OnnxDraft(CachedDraft):
         super().__init__(folder.name, batch_tokens, capabilities, room)
 
     @property
+    def can_check(self) -> bool:
+        """Other exports may give the last row's only."""
+        return self._selects_rows
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """The vocabulary that its token ids belong to."""
         return self.model.vocabulary.fingerprint

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from benchmarks.link import LinkSpec
 from benchmarks.processes import BenchError, Child, edge, machine, verifier
 from benchmarks.prompts import Prompt, load_prompts
@@ -24,6 +26,7 @@ FEWEST_TOKENS = 16  # of an answer that counts: a shorter one has hardly a time 
 PILOT_ROUNDS = (2, 4, 6, 8, 12, 16, 24, 32)  # drafts a round that stop-and-wait tries
 PILOT_PROMPTS, PILOT_TOKENS = 2, 48
 PILOT_SLOWER = 1.2
+_LEAST_MS = 0.01  # what a draft's time is rounded to; none takes no time
 WAITING = {"speculation.self_decode": "off", "speculation.max_draft_rows": PILOT_ROUNDS[-1]}
 WAYS = ("cloud_only", "stop_and_wait", "outrider", "local")
 
@@ -124,17 +127,22 @@ class Bench:
                 break
         return min(tried, key=lambda k: tried[k]), tried
 
-    def measured(self, run: Run, spec: LinkSpec) -> Measured:
+    def measured(self, run: Run, spec: LinkSpec, *, beside: bool = False) -> Measured:
         """What the limit of this run follows from.
 
-        The target's cost curve is that of its start, scaled to what a step of this prompt took while it streamed.
+        The target's cost curve is that of its start, scaled to what a step of this prompt took while it streamed, and
+        the draft's time is that without a target. `beside`: both as they were while draft and target ran together.
         """
-        streamed_ms = run.answers["cloud_only"]["statistics"]["mean_verify_ms"]
-        scale = streamed_ms / self._costs[0]
         last = len(self._costs)
+        draft_ms, step_ms, rows = run.draft_ms, run.answers["cloud_only"]["statistics"]["mean_verify_ms"], 1.0
+        if beside:
+            statistics = run.answers["outrider"]["statistics"]
+            draft_ms, step_ms = max(statistics["draft_ms"], _LEAST_MS), statistics["mean_verify_ms"]
+            rows += statistics["num_draft_tokens"] / statistics["num_steps"]
+        scale = step_ms / float(np.interp(rows, range(1, last + 1), self._costs))
         one_way_ms = (spec.rtt_ms + spec.jitter_ms) / 2
         return Measured(
-            run.right, run.draft_ms, lambda rows: scale * self._costs[min(rows, last) - 1], one_way_ms, one_way_ms
+            run.right, draft_ms, lambda rows: scale * self._costs[min(rows, last) - 1], one_way_ms, one_way_ms
         )
 
 
@@ -241,9 +249,8 @@ def _figures(running: Bench, runs: Sequence[Run], ways: Sequence[str], spec: Lin
     def statistic(name: str, way: str = "outrider") -> float | None:
         return middle(lambda run: run.answers[way]["statistics"][name])
 
-    measured = [running.measured(run, spec) for run in runs]
-    limits = [best_tpot_ms([one]) for one in measured]
-    pairs = list(zip(runs, limits, strict=True))
+    limits = [best_tpot_ms([running.measured(run, spec)]) for run in runs]
+    beside = [best_tpot_ms([running.measured(run, spec, beside=True)]) for run in runs]
     with_stop_and_wait = "stop_and_wait" in ways
     return {
         **{f"{way}_tpot_ms": statistic("tpot_ms", way) if way in ways else None for way in WAYS},
@@ -252,13 +259,15 @@ def _figures(running: Bench, runs: Sequence[Run], ways: Sequence[str], spec: Lin
         if with_stop_and_wait
         else None,
         "limit_tpot_ms": round(median(limits), 3),
-        "limit_fraction": round(median(limit / run.tpot_ms("outrider") for run, limit in pairs), 3),
+        "limit_fraction": _fraction(runs, limits),
+        # While both run: on one machine they share the way to its memory, and neither is as fast as alone.
+        "limit_beside_tpot_ms": round(median(beside), 3),
+        "limit_beside_fraction": _fraction(runs, beside),
         "acceptance_rate": statistic("acceptance_rate"),
         "draft_sources": _sources(runs),
         "draft_right_rate": middle(lambda run: sum(run.right) / len(run.right)),
         "draft_ms": middle(lambda run: run.draft_ms),
         "verify_ms": statistic("mean_verify_ms", "cloud_only"),
-        # While both run: on one machine they share the way to its memory, and neither is as fast as alone.
         "outrider_draft_ms": statistic("draft_ms"),
         "outrider_verify_ms": statistic("mean_verify_ms"),
         "mean_acceptance_length": statistic("mean_acceptance_length"),
@@ -269,6 +278,11 @@ def _figures(running: Bench, runs: Sequence[Run], ways: Sequence[str], spec: Lin
         "identical": all(run.is_identical for run in runs),
         "identical_runs": sum(run.is_identical for run in runs),
     }
+
+
+def _fraction(runs: Sequence[Run], limits: Sequence[float]) -> float:
+    """The part of the limit that was reached."""
+    return round(median(limit / run.tpot_ms("outrider") for run, limit in zip(runs, limits, strict=True)), 3)
 
 
 def _sources(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,9 @@
 The edge drafts without a pause, each token leaving at once. The verifier takes what is there, holds for more, or
 decodes by itself, by a `Rule`. What is idealised: messages cost nothing, every duration is exact, and the verifier
 knows when drafts will arrive. So `best_tpot_ms`, the best of many rules, is a limit that no real verifier beats by
-much. `TAKE_ALL`, which never holds, gives a forecast of the runtime once it is scaled by what was measured.
+much, but for what guesses from rejected paths and checked copies bring: here a forward is a token, on the edge as on a
+verifier that decodes. `TAKE_ALL`, which never holds, gives a forecast of the runtime once it is scaled by what was
+measured.
 """
 
 import math

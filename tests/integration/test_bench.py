@@ -50,6 +50,7 @@ def test_latency_compares_the_ways_on_one_link() -> None:
     for measured in (model, copies):
         assert all(measured[name] > 0 for name in names)
         assert measured["limit_fraction"] > 0  # over so few tokens it says nothing more
+        assert measured["limit_beside_fraction"] > 0
         assert measured["identical"] is True
         assert list(measured["by_category"]) == ["writing"]
     assert model["cloud_only_tpot_ms"] == copies["cloud_only_tpot_ms"], "one answer serves both"
