@@ -48,7 +48,7 @@ _DOUBT = 0.05  # tokens: a step that waits may wait in vain, one that does not c
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
 _LEAST_GAIN = 0.01  # tokens: for less nothing is asked
-_LEAST_RECYCLED = 0.08  # a row costs a little more than the curve says, and it takes a while to know that it is in vain
+_LEAST_RECYCLED = 0.1  # of a guess's first token: rows cost a little more than their curve says
 _AIMED_MS = 1.5  # so long before a step its message is complete: later drafts are not in it
 _MOST_ROUNDS, _SOLVED = 20, 0.02  # to find the rate at which a break is worth so few tokens
 
@@ -153,7 +153,8 @@ class StepRule:
 
     def recycled_rows(self, worth: Sequence[float], outlook: Outlook) -> int:
         """How many recycled rows of this worth a decode step should carry: as long as each is worth its time."""
-        worth = [one for one in worth if one >= _LEAST_RECYCLED]
+        if not worth or worth[0] < _LEAST_RECYCLED:
+            return 0
         cost = self._cost[1 : 2 + len(worth)]
         gains = np.cumsum([0.0, *worth[: len(cost) - 1]]) - self._solve(outlook).rate * cost
         return int(gains.argmax())

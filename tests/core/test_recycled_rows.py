@@ -155,7 +155,7 @@ def test_guessed_stop_token_ends_the_text() -> None:
     assert (commit.tokens, commit.num_recycled, commit.finish) == ((6, STOP), 2, Finish.STOP)
 
 
-@pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7)), (30.0, (9,))])
+@pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7, 8)), (30.0, (9,))])
 def test_table_grants_a_lone_session_the_rows_that_pay(row_ms: float, expected: tuple[int, ...]) -> None:
     settings = replace(tables.SETTINGS, session=replace(tables.CLOUD, self_decode=SelfDecode.IDLE))
     table = SessionTable(settings, BestRate(lambda rows: 30.0 + row_ms * (rows - 1), 64))
