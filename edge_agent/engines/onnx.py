@@ -6,6 +6,7 @@ The package is imported at the first load, not with this module.
 """
 
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import CachedDraft, context_room
+from edge_agent.engines.huge_pages import huge_pages
 from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, OnnxFolder
 from edge_agent.engines.rotary import read_rotary
 from shared.core.messages import Fingerprint
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
 _PAST, _PRESENT, _KEY = "past_key_values.", "present.", ".key"
+# Of its two kernels for attention the tiled one, its first choice, is made for long prompts; a token takes it longer.
+_UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _FATAL = 4  # severity of onnxruntime's own log: what fails is raised, too
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # their cache must lie on the GPU
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -123,7 +127,7 @@ class OnnxDraft(CachedDraft):
         if len(logits) < num_logits:
             raise EngineError(f"{self.model.folder}: the graph gives the last row's logits only, so it cannot check "
                               "copies; make it again with edge-agent prepare")  # fmt: skip
-        return logits[len(logits) - num_logits :].astype(np.float32)
+        return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
 
     def _logits_buffer(self, rows: int) -> "tuple[NDArray[np.generic], OrtValue]":
         """Where the logits (1, rows, V) go; what is there is overwritten by the next forward with as many."""
@@ -159,9 +163,11 @@ def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "Infe
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
+    os.environ.setdefault(_UNTILED, "1")  # read when a session is made
     providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
     try:
-        session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
+        with huge_pages():
+            session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its classes share no base of their own
         raise EngineError(f"model file {file} cannot be loaded: {_one_line(error)}") from error
     return session

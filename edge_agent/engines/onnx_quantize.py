@@ -1,14 +1,25 @@
 """The graph pass of `edge-agent prepare`: a float32 graph of onnxruntime-genai's builder, its weights made small.
 
 A matrix whose weights lie on a 4-bit grid (they came from a GGUF file) goes on in these 4 bits, exactly; any other in
-8 bits by blocks of 32. Embedding and output layer are in 8 bits: they decide between near-equal tokens. All of it is
-`MatMulNBits` with 8-bit activations, the fast path of onnxruntime on a CPU.
+8 bits. All of it is `MatMulNBits` with 8-bit activations, the fast path of onnxruntime on a CPU. A token's time is that
+of reading these weights, and of hundreds of nodes that do little:
 
-What the grid's zero points leave over (see `weight_blocks`) multiplies the means of the input over each block of 32:
+- What a grid's zero points leave over (see `weight_blocks`) multiplies the means of the input over each block of 32.
+  These nodes are the fewest and fastest found:
 
-    input (K) -> AveragePool (B) -> Mul by 1/16 (B) -> Concat of the three (K + 2 B) -> MatMulNBits
+      input (K) -> Reshape (B, 32) -> ReduceMean (B) -> Concat of the input and n copies (K + n B) -> MatMulNBits
+
+- Attention divides its scores by the root of a head's size. Here the projection of the queries does: onnxruntime's fast
+  product of one row with a matrix knows no factor.
+- The output layer, a fourth of a small model, gives all logits in 4 bits, then the best ones anew in 8, which is enough
+  to decide between near-equal tokens (a coarse look first: SVD-softmax, Shim et al., NIPS 2017). The 8 bits are those
+  of the embedding, if the two are tied:
+
+      rows (n, K) -> MatMulNBits (n, V) -> TopK (n, 32) -> GatherBlockQuantized (n, 32, K) -> MatMul by rows (n, 32)
+                     then ScatterElements of these (n, V)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +28,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engines.onnx_folder import LOGITS_ROWS
-from edge_agent.engines.rotary import note_rotary
-from edge_agent.engines.weight_blocks import BLOCK, LOW_DIGIT, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
+from edge_agent.engines.rotary import ATTENTION, note_rotary
+from edge_agent.engines.weight_blocks import (
+    BLOCK,
+    Blocks,
+    Floats,
+    affine4,
+    joined,
+    sum_blocks,
+    sum_copies,
+    symmetric,
+)
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 _DOMAIN = "com.microsoft"
+_CONTRIBUTED = frozenset({"MatMulNBits", "GatherBlockQuantized"})  # of that domain
 _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
 _SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
+_PLAIN_INPUTS = 12  # of attention; behind them come some that could change the queries
+_TABLE_BLOCK = 64  # of embedding and output layer, if their rows can be cut so: fewer scales to read
+_PRECISE_LOGITS = 32
 
 Progress = Callable[[float], None]
 """Told how much is done, 0 to 1."""
@@ -56,6 +80,11 @@ class _Rewrite:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
         self._outputs = {value.name for value in graph.output}
+        self._attention = {  # by what its queries come from
+            node.input[0]: node
+            for node in graph.node if node.op_type == ATTENTION and not any(node.input[_PLAIN_INPUTS:])
+        }  # fmt: skip
+        self._tables = set[str]()
         self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
 
     def run(self, progress: Progress) -> None:
@@ -73,66 +102,88 @@ class _Rewrite:
 
     def _replaced(self, node: "NodeProto") -> "Iterator[NodeProto]":
         if node.op_type == "MatMul" and (weights := self._matrix(node.input[1])) is not None:
-            yield from self._matmul(node, np.ascontiguousarray(weights.T))
+            make = self._output_layer if node.output[0] in self._outputs else self._matmul
+            yield from make(node, np.ascontiguousarray(weights.T))
         elif node.op_type == "Gather" and (table := self._table(node.input[0])) is not None:
-            yield from self._gather(node, *table)
+            yield from self._look_up(*table, node.input[1], node.output[0])
         else:
             yield node
 
     def _matmul(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
         """`weights` are (N, K), one row for each output."""
         columns, name, source = weights.shape[1], node.input[1], node.input[0]
-        found = None
-        if node.output[0] in self._outputs:
-            rows = f"{source}_rows"
-            yield self._node("Gather", [source, self._rows_input()], rows, domain="", axis=1)
-            source = rows
-        else:
-            found = affine4(weights)
-        if found is None:
-            inputs = self._in_8_bits(name, weights)
-            bits = 8
-        else:
-            blocks, rest = found
-            if np.abs(rest).max() > _NEGLIGIBLE * blocks.scales.max():
-                blocks = joined(blocks, sum_blocks(rest * BLOCK))
-                source, added = self._means(source)
-                yield from added
-                columns += 2 * rest.shape[1]
-            inputs = [
-                *self._stored(name, blocks),
-                self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)),
-            ]
-            bits = 4
-        self.num_matrices[bits] += 1
-        yield self._node(
-            "MatMulNBits", [source, *inputs], node.output[0],
-            K=columns, N=len(weights), bits=bits, block_size=BLOCK, accuracy_level=_ACCURACY_LEVEL,
+        if node.output[0] in self._attention:
+            weights = _scaled_queries(self._attention[node.output[0]], weights)
+        if (found := affine4(weights)) is None:
+            yield self._product(source, name, symmetric(weights, 8), columns, node.output[0])
+            return
+        blocks, rest = found
+        if np.abs(rest).max() > _NEGLIGIBLE * blocks.scales.max():
+            blocks = joined(blocks, sum_blocks(rest * BLOCK))
+            source, added = self._means(source, rest.shape[1])
+            yield from added
+            columns += sum_copies(rest.shape[1]) * rest.shape[1]
+        yield self._product(source, name, blocks, columns, node.output[0])
+
+    def _output_layer(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
+        """The logits of the rows that are wanted; `weights` are (V, K)."""
+        name, columns, logits = node.input[1], weights.shape[1], node.output[0]
+        rows, coarse, best, exact = [f"{logits}_{what}" for what in ("input", "coarse", "best", "exact")]
+        yield self._node("Gather", [node.input[0], self._rows_input()], rows, axis=1)
+        if columns % _TABLE_BLOCK:  # in blocks of 32 the coarse look takes as long as the exact one
+            yield self._product(rows, name, symmetric(weights, 8), columns, logits)
+            return
+        yield self._product(rows, coarse, symmetric(weights, 4, _TABLE_BLOCK), columns, coarse)
+        count = self._constant(f"{best}_count", np.array([min(_PRECISE_LOGITS, len(weights))], np.int64))
+        yield self._node("TopK", [coarse, count], f"{best}_logits", best, sorted=0)
+        yield from self._look_up(name, weights, best, f"{best}_weights")
+        last = self._last_axis()
+        yield self._node("Unsqueeze", [rows, last], f"{rows}_upright")
+        yield self._node("MatMul", [f"{best}_weights", f"{rows}_upright"], f"{exact}_upright")
+        yield self._node("Squeeze", [f"{exact}_upright", last], exact)
+        yield self._node("ScatterElements", [coarse, best, exact], logits, axis=-1)
+
+    def _product(self, source: str, name: str, blocks: Blocks, columns: int, output: str) -> "NodeProto":
+        """`source` (K) times the blocks' weights (N, K), which are kept under `name`."""
+        self.num_matrices[blocks.bits] += 1
+        inputs = [source, *self._stored(name, blocks)]
+        if not blocks.is_symmetric:
+            inputs.append(self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)))
+        return self._node(
+            "MatMulNBits", inputs, output,
+            K=columns, N=len(blocks.values), bits=blocks.bits, block_size=blocks.values.shape[2],
+            accuracy_level=_ACCURACY_LEVEL,
         )  # fmt: skip
 
-    def _gather(self, node: "NodeProto", name: str, table: Floats) -> "Iterator[NodeProto]":
-        """A look-up of rows of `table` (V, H); an output layer of the same name shares its blocks."""
-        values, scales = self._in_8_bits(name, table)
-        shape = self._constant(f"{name}_shape", np.array(table.shape, np.int64))
-        flat = f"{name}_flat"
-        yield self._node("Reshape", [values, shape], flat, domain="")
+    def _look_up(self, name: str, table: Floats, numbers: str, output: str) -> "Iterator[NodeProto]":
+        """Rows of `table` (V, H) by their numbers; it is kept in 8 bits under `name`, once for all that read it."""
+        block = BLOCK if table.shape[1] % _TABLE_BLOCK else _TABLE_BLOCK
+        flat, scales = f"{name}_flat", f"{name}_scales"
+        if flat not in self._tables:
+            self._tables.add(flat)
+            values, _ = self._stored(name, symmetric(table, 8, block))
+            shape = self._constant(f"{name}_shape", np.array(table.shape, np.int64))
+            yield self._node("Reshape", [values, shape], flat)
         yield self._node(
-            "GatherBlockQuantized", [flat, node.input[1], scales], node.output[0],
-            bits=8, block_size=BLOCK, gather_axis=0, quantize_axis=1,
+            "GatherBlockQuantized", [flat, numbers, scales], output,
+            bits=8, block_size=block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
-    def _means(self, source: str) -> "tuple[str, list[NodeProto]]":
-        """The name of this input and its block means in two digits, with the nodes that make it where it is new."""
+    def _means(self, source: str, blocks: int) -> "tuple[str, list[NodeProto]]":
+        """The name of this input with copies of its block means, and the nodes that make it where it is new."""
         if source in self._with_means:
             return self._with_means[source], []
-        means, low, whole = [f"{source}_{what}" for what in ("means", "low_means", "with_means")]
+        cut, means, whole = [f"{source}_{what}" for what in ("blocks", "means", "with_means")]
         self._with_means[source] = whole
-        digit = self._constant("low_digit", np.array([LOW_DIGIT], np.float32))
+        shape = self._constant("blocks_shape", np.array([0, 0, -1, BLOCK], np.int64))
         return whole, [
-            self._node("AveragePool", [source], means, domain="", kernel_shape=[BLOCK], strides=[BLOCK]),
-            self._node("Mul", [means, digit], low, domain=""),
-            self._node("Concat", [source, means, low], whole, domain="", axis=-1),
+            self._node("Reshape", [source, shape], cut),
+            self._node("ReduceMean", [cut, self._last_axis()], means, keepdims=0),
+            self._node("Concat", [source, *[means] * sum_copies(blocks)], whole, axis=-1),
         ]
+
+    def _last_axis(self) -> str:
+        return self._constant("last_axis", np.array([-1], np.int64))
 
     def _rows_input(self) -> str:
         """The input that names the rows whose logits are wanted: an output layer is a fifth of a small model."""
@@ -140,11 +191,6 @@ class _Rewrite:
 
         self._graph.input.append(helper.make_tensor_value_info(LOGITS_ROWS, TensorProto.INT64, ["num_logits"]))
         return LOGITS_ROWS
-
-    def _in_8_bits(self, name: str, weights: Floats) -> list[str]:
-        if f"{name}_values" in self._tensors:
-            return [f"{name}_values", f"{name}_scales"]
-        return self._stored(name, symmetric8(weights))
 
     def _stored(self, name: str, blocks: Blocks) -> list[str]:
         return [
@@ -178,11 +224,24 @@ class _Rewrite:
         self._tensors[name] = numpy_helper.from_array(array, name)
         return name
 
-    def _node(
-        self, kind: str, inputs: list[str], output: str, domain: str = _DOMAIN, **settings: int | list[int]
-    ) -> "NodeProto":
+    def _node(self, kind: str, inputs: list[str], *outputs: str, **settings: int) -> "NodeProto":
         from onnx import helper
 
-        node = helper.make_node(kind, inputs, [output], f"{output}/{kind}", domain=domain)
+        domain = _DOMAIN if kind in _CONTRIBUTED else ""
+        node = helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in settings.items())
         return node
+
+
+def _scaled_queries(attention: "NodeProto", weights: Floats) -> Floats:
+    """The rows of `weights` (N, K) that give the queries, times the factor of this attention, which becomes 1."""
+    from onnx import helper
+
+    fields = {field.name: helper.get_attribute_value(field) for field in attention.attribute}
+    heads, is_packed = fields["num_heads"], not attention.input[1]
+    head_size = len(weights) // (heads + 2 * fields["kv_num_heads"] if is_packed else heads)
+    weights = weights.copy()
+    weights[: heads * head_size] *= fields.get("scale") or 1 / math.sqrt(head_size)
+    del attention.attribute[:]
+    attention.attribute.extend(helper.make_attribute(name, value) for name, value in (fields | {"scale": 1.0}).items())
+    return weights

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 METADATA = "outrider_rotary"
-_ATTENTION = "GroupQueryAttention"
+ATTENTION = "GroupQueryAttention"
 _COS, _SIN = 7, 8  # among its inputs
 
 
@@ -46,7 +46,7 @@ def note_rotary(model: "ModelProto") -> None:
     """Write the angles into the metadata of a graph of onnxruntime-genai's builder, if its attention rotates."""
     from onnx import numpy_helper
 
-    node = next((node for node in model.graph.node if node.op_type == _ATTENTION), None)
+    node = next((node for node in model.graph.node if node.op_type == ATTENTION), None)
     tables = {tensor.name: tensor for tensor in model.graph.initializer}
     if node is None or len(node.input) <= _SIN or not {node.input[_COS], node.input[_SIN]} <= tables.keys():
         return

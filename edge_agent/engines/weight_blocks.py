@@ -1,4 +1,4 @@
-"""A weight matrix as blocks of 32 small integers, for onnxruntime's `MatMulNBits`.
+"""A weight matrix as blocks of small integers, for onnxruntime's `MatMulNBits`.
 
 A GGUF file in 4 bits was dequantized to float32 on its way here, but its grid is still in the numbers: the 32 values of
 a block lie on sixteen evenly spaced ones. `affine4` finds that grid again, so nothing is rounded a second time (which
@@ -7,7 +7,7 @@ formats: llama.cpp `ggml-common.h` (Q4_0, Q4_1, Q4_K, Q8_0).
 
 `MatMulNBits` is fast only with zero points that are whole numbers of the grid, and those of Q4_1 and Q4_K are not. Of a
 block's constant, a fraction of a step is therefore left over; `sum_blocks` makes it further columns of the matrix that
-multiply the sums of the input over each block, in two digits.
+multiply the sums of the input over each block.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 BLOCK = 32
 _TOLERANCE = 0.02  # of a step: float16 scales times small integers, rounded to float32, are off by much less
 _STEPS4 = 15
-LOW_DIGIT = 1 / 16  # what a step of the second digit is worth, in steps of the first
+_LOW_DIGIT = 1 / 16  # what a step of the second digit is worth, in steps of the first
+_ZERO = 8  # of the digits
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -26,9 +27,9 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """N rows of B blocks of 32: weight = (value - zero) * scale.
+    """N rows of B blocks of S: weight = (value - zero) * scale.
 
-    `values` (N, B, 32), `scales` and `zeros` (N, B); `bits` is 4 or 8.
+    `values` (N, B, S), `scales` and `zeros` (N, B); `bits` is 4 or 8.
     """
 
     values: Bytes
@@ -36,8 +37,13 @@ class Blocks:
     zeros: Bytes
     bits: int
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the zeros are what `MatMulNBits` takes where none are given."""
+        return bool((self.zeros == 1 << self.bits - 1).all())
+
     def weights(self) -> Floats:
-        """What the blocks stand for, (N, 32 B)."""
+        """What the blocks stand for, (N, S B)."""
         centred = self.values.astype(np.float32) - self.zeros[..., None]
         return (centred * self.scales[..., None]).reshape(len(self.values), -1)
 
@@ -50,12 +56,12 @@ class Blocks:
         return _paired(np.pad(self.zeros, ((0, 0), (0, self.zeros.shape[1] % 2)))) if self.bits == 4 else self.zeros
 
 
-def symmetric8(weights: Floats) -> Blocks:
-    """Round (N, 32 B) weights to 8 bits; Q8_0 blocks come out as they were."""
-    blocks = _blocks(weights)
-    scales = _no_zero(np.abs(blocks).max(axis=-1) / 127)
-    values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
-    return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
+def symmetric(weights: Floats, bits: int, block: int = BLOCK) -> Blocks:
+    """Round (N, B x `block`) weights to 4 or 8 bits; Q8_0 comes out as it was in 8 bits by its own blocks."""
+    blocks, zero = _blocks(weights, block), 1 << bits - 1
+    scales = _no_zero(np.abs(blocks).max(axis=-1) / (zero - 1))
+    values = (np.rint(blocks / scales[..., None]) + zero).astype(np.uint8)
+    return Blocks(values, scales, np.full(scales.shape, zero, np.uint8), bits)
 
 
 def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
@@ -63,7 +69,7 @@ def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
 
     The rest is at most half a step unless a block lies far from zero. None where any block lies on no such grid.
     """
-    blocks = _blocks(weights)
+    blocks = _blocks(weights, BLOCK)
     low = blocks.min(axis=-1)
     span = blocks.max(axis=-1) - low
     scales = np.zeros_like(low)
@@ -85,22 +91,30 @@ def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
     return Blocks(values, scales, zeros, 4), low + zeros * scales
 
 
-def sum_blocks(rest: Floats) -> Blocks:
-    """The rest (N, B) as 2 B further columns, padded with zeros to whole blocks: two digits to the base 16.
+def sum_copies(blocks: int) -> int:
+    """How often the sums over the input's blocks are repeated for the columns of `sum_blocks`."""
+    return -(-(_low_start(blocks) + blocks) // blocks)
 
-    The first B columns are for the sums themselves, the others for `LOW_DIGIT` of them. One digit alone would round the
-    rest to a 15th, and of the default draft's wrong tokens a fifth to a third came of that.
+
+def sum_blocks(rest: Floats) -> Blocks:
+    """The rest (N, B) as further columns for `sum_copies(B)` copies of the B sums; zeros where none is needed.
+
+    Two digits to the base 16: one alone would round the rest to a 15th, and of the default draft's wrong tokens a fifth
+    to a third came of that. Scales tell them apart, so the second ones begin with a block of their own. That is amid
+    the copies; but any B columns in a row meet every sum once.
     """
+    blocks, start = rest.shape[1], _low_start(rest.shape[1])
     scales = _no_zero(np.abs(rest).max(axis=1, keepdims=True) / 7)
     digits = rest / scales
     high = np.rint(digits)
-    low = np.clip(np.rint((digits - high) / LOW_DIGIT), -8, 7)
-    values = np.pad(
-        np.concatenate((high, low), axis=1) + 8, ((0, 0), (0, -2 * rest.shape[1] % BLOCK)), constant_values=8
-    )
-    blocks = values.astype(np.uint8).reshape(len(rest), -1, BLOCK)
-    shape = blocks.shape[:2]
-    return Blocks(blocks, np.broadcast_to(scales, shape), np.full(shape, 8, np.uint8), 4)
+    low = np.clip(np.rint((digits - high) / _LOW_DIGIT), -_ZERO, _ZERO - 1)
+    columns = -(-sum_copies(blocks) * blocks // BLOCK) * BLOCK
+    values = np.full((len(rest), columns), _ZERO, np.int8)
+    values[:, :blocks] += high.astype(np.int8)
+    values[:, start : start + blocks] += np.roll(low, -start, axis=1).astype(np.int8)
+    worth = np.where(np.arange(columns // BLOCK) < start // BLOCK, np.float32(1), np.float32(_LOW_DIGIT))
+    zeros = np.full((len(rest), len(worth)), _ZERO, np.uint8)
+    return Blocks(values.astype(np.uint8).reshape(len(rest), -1, BLOCK), scales * worth, zeros, 4)
 
 
 def joined(left: Blocks, right: Blocks) -> Blocks:
@@ -113,8 +127,13 @@ def joined(left: Blocks, right: Blocks) -> Blocks:
     )
 
 
-def _blocks(weights: Floats) -> Floats:
-    return np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, BLOCK)
+def _low_start(blocks: int) -> int:
+    """The first column of a block that no first digit is in."""
+    return -(-blocks // BLOCK) * BLOCK
+
+
+def _blocks(weights: Floats, block: int) -> Floats:
+    return np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, block)
 
 
 def _no_zero(scales: Floats) -> Floats:

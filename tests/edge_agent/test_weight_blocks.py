@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_agent.engines.weight_blocks import BLOCK, LOW_DIGIT, Blocks, Floats, affine4, joined, sum_blocks, symmetric8
+from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, sum_copies, symmetric
 
 
 def grid(rows: int, blocks: int, seed: int = 0, steps: int = 16) -> tuple[NDArray[np.int64], Floats, Floats]:
@@ -66,31 +66,42 @@ def test_8_bit_blocks_are_exact_for_an_8_bit_file_and_near_for_others() -> None:
     values[..., 0] = 127
     scales = chance.uniform(0.001, 0.01, (4, 3, 1)).astype(np.float16).astype(np.float32)
     weights = (values * scales).astype(np.float32).reshape(4, -1)  # Q8_0
-    np.testing.assert_allclose(symmetric8(weights).weights(), weights, atol=1e-6)
-    others = chance.normal(size=(4, 96)).astype(np.float32)
-    step = np.abs(others).max() / 127
-    assert np.abs(symmetric8(others).weights() - others).max() <= step / 2 * 1.001
-    assert (symmetric8(np.zeros((1, BLOCK), np.float32)).weights() == 0).all()
+    np.testing.assert_allclose(symmetric(weights, 8).weights(), weights, atol=1e-6)
 
 
-def test_the_rest_becomes_columns_of_the_block_sums_in_two_digits() -> None:
-    weights = dequantized(*grid(8, 20))
+@pytest.mark.parametrize(("bits", "half"), [(8, 127), (4, 7)])
+@pytest.mark.parametrize("block", [32, 64])
+def test_other_weights_are_off_by_half_a_step_at_most(bits: int, half: int, block: int) -> None:
+    weights = np.random.default_rng(0).normal(size=(4, 192)).astype(np.float32)
+    blocks = symmetric(weights, bits, block)
+    assert blocks.values.shape == (4, 192 // block, block)
+    assert blocks.values.min() >= 1
+    assert blocks.is_symmetric
+    step = np.repeat(np.abs(weights.reshape(4, -1, block)).max(axis=-1) / half, block, axis=1)
+    assert (np.abs(blocks.weights() - weights) <= step / 2 * 1.001).all()
+    assert (symmetric(np.zeros((1, block), np.float32), bits, block).weights() == 0).all()
+
+
+@pytest.mark.parametrize("count", [18, 20, 32, 48, 64, 100])
+def test_the_rest_becomes_columns_of_repeated_block_sums_in_two_digits(count: int) -> None:
+    weights = dequantized(*grid(8, count))
     found = affine4(weights)
     assert found is not None
     blocks, rest = found
     columns = sum_blocks(rest)
-    assert columns.values.shape == (8, 2, BLOCK)
-    high, low, padding = np.split(columns.weights(), (20, 40), axis=1)
-    assert not padding.any()
+    x = np.random.default_rng(3).normal(size=count * BLOCK).astype(np.float32)
+    sums = np.tile(x.reshape(count, BLOCK).sum(axis=1), sum_copies(count))
+    padding = np.zeros(columns.values.shape[1] * BLOCK - len(sums), np.float32)
+    assert len(padding) < BLOCK
+    assert not columns.weights()[:, len(sums) :].any()
+    # What each sum is multiplied by, over all its columns, is the rest to a 16th of a first digit's step.
+    worth = columns.weights()[:, : len(sums)].reshape(8, -1, count).sum(axis=1)
     step = np.abs(rest).max(axis=1, keepdims=True) / 7
-    assert (np.abs(high - rest) <= step / 2 * 1.001).all()
-    assert (np.abs(high + low * LOW_DIGIT - rest) <= step * LOW_DIGIT * 1.001).all()
-    x = np.random.default_rng(3).normal(size=20 * BLOCK).astype(np.float32)
-    sums = x.reshape(20, BLOCK).sum(axis=1)
+    assert (np.abs(worth - rest) <= step / 16 * 1.001).all()
     exact = weights @ x
-    ours = joined(blocks, columns).weights() @ np.concatenate((x, sums, sums * LOW_DIGIT, np.zeros(24, np.float32)))
-    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 50
-    assert not sum_blocks(np.zeros((8, 20), np.float32)).weights().any()
+    ours = joined(blocks, columns).weights() @ np.concatenate((x, sums, padding))
+    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 40
+    assert not sum_blocks(np.zeros((8, count), np.float32)).weights().any()
 
 
 def test_packed_4_bit_values_come_two_to_a_byte_and_zeros_by_row() -> None:

@@ -1,0 +1,116 @@
+"""The graph pass alone, on graphs of one or two matrices, run by onnxruntime."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from edge_agent.engines.onnx_quantize import quantize_graph
+
+Array = NDArray[np.float32]
+IDS = 96
+
+
+def saved(folder: Path, nodes: list[NodeProto], tensors: Mapping[str, NDArray[Any]], ids: int) -> Path:
+    graph = helper.make_graph(
+        nodes, "graph",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "rows"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "rows", ids])],
+        [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), folder / "full.onnx")
+    return folder / "full.onnx"
+
+
+def tied(folder: Path, hidden: int) -> tuple[Path, Array]:
+    """A look-up and an output layer that share one table (V, H) of random numbers."""
+    table = np.random.default_rng(0).normal(size=(IDS, hidden)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+        helper.make_node("Transpose", ["table"], ["upright"], perm=[1, 0]),
+        helper.make_node("MatMul", ["embedded", "upright"], ["logits"]),
+    ]
+    # As the builder has it: the table is kept transposed, and the look-up reads the transposed one.
+    nodes[0].input[0], nodes[1].input[0], nodes[2].input[1] = "upright", "weights", "weights"
+    return saved(folder, [nodes[1], nodes[0], nodes[2]], {"weights": np.ascontiguousarray(table.T)}, IDS), table
+
+
+def small(file: Path) -> onnxruntime.InferenceSession:
+    destination = file.with_name("small.onnx")
+    quantize_graph(file, destination, lambda _: None)
+    return onnxruntime.InferenceSession(str(destination), providers=["CPUExecutionProvider"])
+
+
+def off_among_the_best(logits: Array, exact: Array) -> float:
+    """How far off the 16 best of each row (n, V) are, as a part of the largest."""
+    best = np.argsort(-exact)[:, :16]
+    off = np.abs(np.take_along_axis(logits, best, axis=1) - np.take_along_axis(exact, best, axis=1))
+    return float(off.max() / np.abs(exact).max())
+
+
+@pytest.mark.parametrize("hidden", [64, 96])  # the second cannot be cut into blocks of 64: one look, in 8 bits
+def test_the_best_logits_are_as_good_as_8_bits(tmp_path: Path, hidden: int) -> None:
+    file, table = tied(tmp_path, hidden)
+    ids = np.array([[3, 14, 15, 92]])
+    (logits,) = small(file).run(["logits"], {"input_ids": ids, "logits_rows": np.array([1, 3])})
+    exact = (table[ids[0]] @ table.T)[[1, 3]]
+    assert logits.shape == (1, 2, IDS)
+    assert off_among_the_best(logits[0], exact) < 0.01
+    assert np.abs(logits[0] - exact).max() < 0.1 * np.abs(exact).max()  # the others are in the softmax's sum
+
+
+def test_embedding_and_output_layer_keep_one_table(tmp_path: Path) -> None:
+    file, table = tied(tmp_path, 64)
+    small(file)
+    kept = onnx.load(tmp_path / "small.onnx").graph.initializer
+    in_8_bits = [
+        tensor for tensor in kept if tensor.data_type == TensorProto.UINT8 and np.prod(tensor.dims) == table.size
+    ]
+    assert len(in_8_bits) == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 0.4])  # 0: by the head's size
+def test_the_queries_projection_takes_over_the_attention_scale(tmp_path: Path, packed: bool, scale: float) -> None:
+    heads, kv_heads, size, hidden = 4, 2, 16, 64
+    chance = np.random.default_rng(0)
+    tensors: dict[str, NDArray[Any]] = {
+        name: chance.normal(size=shape).astype(np.float32) * 0.3
+        for name, shape in {
+            "table": (IDS, hidden), "q": (hidden, heads * size), "k": (hidden, kv_heads * size),
+            "v": (hidden, kv_heads * size), "out": (heads * size, IDS),
+        }.items()
+    }  # fmt: skip
+    if packed:
+        tensors["qkv"] = np.concatenate([tensors.pop(name) for name in "qkv"], axis=1)
+    products = ["qkv"] if packed else ["q", "k", "v"]
+    none = np.zeros((1, kv_heads, 0, size), np.float32)
+    tensors |= {"past_key": none, "past_value": none}
+    counts = {"last": np.array([3], np.int32), "total": np.array([4], np.int32)}
+    rows = [f"{name}_rows" for name in products] + [""] * (3 - len(products))
+    attention = helper.make_node(
+        "GroupQueryAttention", [*rows, "past_key", "past_value", "last", "total"],
+        ["attended", "present_key", "present_value"], domain="com.microsoft",
+        num_heads=heads, kv_num_heads=kv_heads, scale=scale,
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+        *(helper.make_node("MatMul", ["embedded", name], [f"{name}_rows"]) for name in products),
+        attention,
+        helper.make_node("MatMul", ["attended", "out"], ["logits"]),
+    ]
+    file = saved(tmp_path, nodes, tensors | counts, IDS)
+    ids = {"input_ids": np.array([[3, 14, 15, 92]])}
+    (exact,) = onnxruntime.InferenceSession(str(file)).run(["logits"], ids)
+    (logits,) = small(file).run(["logits"], ids | {"logits_rows": np.arange(4)})
+    quantized = onnx.load(tmp_path / "small.onnx").graph
+    (ours,) = (node for node in quantized.node if node.op_type == attention.op_type)
+    assert {field.name: helper.get_attribute_value(field) for field in ours.attribute}["scale"] == 1
+    assert off_among_the_best(logits[0], exact[0]) < 0.03
