@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
 from shared.core.noise import gumbel
-from shared.core.selection import Ids, Logits, candidates, confidences, filtered_distribution, select
+from shared.core.selection import Ids, Logits, candidates, confidences, filtered_distribution, likely, select
 
 
 def naive_distribution(logits: Logits, sampling: Sampling, context: Sequence[int], prompt_len: int) -> dict[int, float]:
@@ -144,6 +144,32 @@ def test_forbidden_ids_are_never_selected() -> None:
     for sampling in (Sampling(temperature=2.0), Sampling(temperature=2.0, top_k=40), Sampling()):
         assert {select(logits, sampling, position) for position in range(40)} <= {3, 9}
     assert filtered_distribution(logits, Sampling(temperature=1.0, top_k=40))[0].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 0.3, 1.0, 1e300])
+def test_the_likely_ids_are_those_above_a_millionth_of_the_best(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(0, 6, 1000).astype(np.float32)
+    near = likely(logits, temperature)
+    with np.errstate(over="ignore"):
+        ratios = np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)
+    assert near.max() == logits.max()
+    assert (near[ratios > 1.001e-6] == logits[ratios > 1.001e-6]).all()
+    assert (near[ratios < 0.999e-6] == -np.inf).all()
+
+
+def test_drafts_from_the_likely_ids_are_nearly_always_those_from_all() -> None:
+    chance = np.random.default_rng(0)
+    other = 0
+    for position in range(400):
+        logits = chance.normal(0, 3, 20_000).astype(np.float32)
+        sampling = Sampling(temperature=0.8, seed=5)
+        other += select(likely(logits, 0.8), sampling, position) != select(logits, sampling, position)
+    assert other <= 2
+
+
+def test_greedy_drafts_look_at_all_ids() -> None:
+    logits = np.array([0.0, 90.0, 1.0], np.float32)
+    assert likely(logits, 0) is logits
 
 
 @pytest.mark.parametrize("bad", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
