@@ -11,12 +11,8 @@ of reading these weights, and of hundreds of nodes that do little:
 
 - Attention divides its scores by the root of a head's size. Here the projection of the queries does: onnxruntime's fast
   product of one row with a matrix knows no factor.
-- The output layer, a fourth of a small model, gives all logits in 4 bits, then the best ones anew in 8, which is enough
-  to decide between near-equal tokens (a coarse look first: SVD-softmax, Shim et al., NIPS 2017). The 8 bits are those
-  of the embedding, if the two are tied:
-
-      rows (n, K) -> MatMulNBits (n, V) -> TopK (n, 32) -> GatherBlockQuantized (n, 32, K) -> MatMul by rows (n, 32)
-                     then ScatterElements of these (n, V)
+- Embedding and output layer decide between near-equal tokens: they are in 8 bits, by blocks of 64 if their rows can be
+  cut so, as the output layer is a fifth of a small model and half of the scales are less to read.
 """
 
 import math
@@ -37,7 +33,7 @@ from edge_agent.engines.weight_blocks import (
     joined,
     sum_blocks,
     sum_copies,
-    symmetric,
+    symmetric8,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +45,7 @@ _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
 _SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
 _PLAIN_INPUTS = 12  # of attention; behind them come some that could change the queries
-_TABLE_BLOCK = 64  # of embedding and output layer, if their rows can be cut so: fewer scales to read
-_PRECISE_LOGITS = 32
+_TABLE_BLOCK = 64  # of embedding and output layer, if their rows can be cut so
 
 Progress = Callable[[float], None]
 """Told how much is done, 0 to 1."""
@@ -84,7 +79,6 @@ class _Rewrite:
             node.input[0]: node
             for node in graph.node if node.op_type == ATTENTION and not any(node.input[_PLAIN_INPUTS:])
         }  # fmt: skip
-        self._tables = set[str]()
         self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
 
     def run(self, progress: Progress) -> None:
@@ -115,7 +109,7 @@ class _Rewrite:
         if node.output[0] in self._attention:
             weights = _scaled_queries(self._attention[node.output[0]], weights)
         if (found := affine4(weights)) is None:
-            yield self._product(source, name, symmetric(weights, 8), columns, node.output[0])
+            yield self._product(source, name, symmetric8(weights), columns, node.output[0])
             return
         blocks, rest = found
         if np.abs(rest).max() > _NEGLIGIBLE * blocks.scales.max():
@@ -127,21 +121,9 @@ class _Rewrite:
 
     def _output_layer(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
         """The logits of the rows that are wanted; `weights` are (V, K)."""
-        name, columns, logits = node.input[1], weights.shape[1], node.output[0]
-        rows, coarse, best, exact = [f"{logits}_{what}" for what in ("input", "coarse", "best", "exact")]
+        rows = f"{node.input[0]}_rows"
         yield self._node("Gather", [node.input[0], self._rows_input()], rows, axis=1)
-        if columns % _TABLE_BLOCK:  # in blocks of 32 the coarse look takes as long as the exact one
-            yield self._product(rows, name, symmetric(weights, 8), columns, logits)
-            return
-        yield self._product(rows, coarse, symmetric(weights, 4, _TABLE_BLOCK), columns, coarse)
-        count = self._constant(f"{best}_count", np.array([min(_PRECISE_LOGITS, len(weights))], np.int64))
-        yield self._node("TopK", [coarse, count], f"{best}_logits", best, sorted=0)
-        yield from self._look_up(name, weights, best, f"{best}_weights")
-        last = self._last_axis()
-        yield self._node("Unsqueeze", [rows, last], f"{rows}_upright")
-        yield self._node("MatMul", [f"{best}_weights", f"{rows}_upright"], f"{exact}_upright")
-        yield self._node("Squeeze", [f"{exact}_upright", last], exact)
-        yield self._node("ScatterElements", [coarse, best, exact], logits, axis=-1)
+        yield self._product(rows, node.input[1], _table_blocks(weights), weights.shape[1], node.output[0])
 
     def _product(self, source: str, name: str, blocks: Blocks, columns: int, output: str) -> "NodeProto":
         """`source` (K) times the blocks' weights (N, K), which are kept under `name`."""
@@ -156,17 +138,15 @@ class _Rewrite:
         )  # fmt: skip
 
     def _look_up(self, name: str, table: Floats, numbers: str, output: str) -> "Iterator[NodeProto]":
-        """Rows of `table` (V, H) by their numbers; it is kept in 8 bits under `name`, once for all that read it."""
-        block = BLOCK if table.shape[1] % _TABLE_BLOCK else _TABLE_BLOCK
-        flat, scales = f"{name}_flat", f"{name}_scales"
-        if flat not in self._tables:
-            self._tables.add(flat)
-            values, _ = self._stored(name, symmetric(table, 8, block))
-            shape = self._constant(f"{name}_shape", np.array(table.shape, np.int64))
-            yield self._node("Reshape", [values, shape], flat)
+        """Rows of `table` (V, H) by their numbers; an output layer of the same name has the same blocks."""
+        blocks = _table_blocks(table)
+        values, scales = self._stored(name, blocks)
+        shape = self._constant(f"{name}_shape", np.array(table.shape, np.int64))
+        flat = f"{name}_flat"
+        yield self._node("Reshape", [values, shape], flat)
         yield self._node(
             "GatherBlockQuantized", [flat, numbers, scales], output,
-            bits=8, block_size=block, gather_axis=0, quantize_axis=1,
+            bits=8, block_size=blocks.values.shape[2], gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def _means(self, source: str, blocks: int) -> "tuple[str, list[NodeProto]]":
@@ -176,14 +156,12 @@ class _Rewrite:
         cut, means, whole = [f"{source}_{what}" for what in ("blocks", "means", "with_means")]
         self._with_means[source] = whole
         shape = self._constant("blocks_shape", np.array([0, 0, -1, BLOCK], np.int64))
+        last = self._constant("last_axis", np.array([-1], np.int64))
         return whole, [
             self._node("Reshape", [source, shape], cut),
-            self._node("ReduceMean", [cut, self._last_axis()], means, keepdims=0),
+            self._node("ReduceMean", [cut, last], means, keepdims=0),
             self._node("Concat", [source, *[means] * sum_copies(blocks)], whole, axis=-1),
         ]
-
-    def _last_axis(self) -> str:
-        return self._constant("last_axis", np.array([-1], np.int64))
 
     def _rows_input(self) -> str:
         """The input that names the rows whose logits are wanted: an output layer is a fifth of a small model."""
@@ -231,6 +209,10 @@ class _Rewrite:
         node = helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in settings.items())
         return node
+
+
+def _table_blocks(table: Floats) -> Blocks:
+    return symmetric8(table, BLOCK if table.shape[1] % _TABLE_BLOCK else _TABLE_BLOCK)
 
 
 def _scaled_queries(attention: "NodeProto", weights: Floats) -> Floats:

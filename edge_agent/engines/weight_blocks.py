@@ -56,12 +56,12 @@ class Blocks:
         return _paired(np.pad(self.zeros, ((0, 0), (0, self.zeros.shape[1] % 2)))) if self.bits == 4 else self.zeros
 
 
-def symmetric(weights: Floats, bits: int, block: int = BLOCK) -> Blocks:
-    """Round (N, B x `block`) weights to 4 or 8 bits; Q8_0 comes out as it was in 8 bits by its own blocks."""
-    blocks, zero = _blocks(weights, block), 1 << bits - 1
-    scales = _no_zero(np.abs(blocks).max(axis=-1) / (zero - 1))
-    values = (np.rint(blocks / scales[..., None]) + zero).astype(np.uint8)
-    return Blocks(values, scales, np.full(scales.shape, zero, np.uint8), bits)
+def symmetric8(weights: Floats, block: int = BLOCK) -> Blocks:
+    """Round (N, B x `block`) weights to 8 bits; Q8_0 comes out as it was by its own blocks of 32."""
+    blocks = _blocks(weights, block)
+    scales = _no_zero(np.abs(blocks).max(axis=-1) / 127)
+    values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
+    return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
 
 
 def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:

@@ -48,32 +48,21 @@ def small(file: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(destination), providers=["CPUExecutionProvider"])
 
 
-def off_among_the_best(logits: Array, exact: Array) -> float:
-    """How far off the 16 best of each row (n, V) are, as a part of the largest."""
-    best = np.argsort(-exact)[:, :16]
-    off = np.abs(np.take_along_axis(logits, best, axis=1) - np.take_along_axis(exact, best, axis=1))
-    return float(off.max() / np.abs(exact).max())
-
-
-@pytest.mark.parametrize("hidden", [64, 96])  # the second cannot be cut into blocks of 64: one look, in 8 bits
-def test_the_best_logits_are_as_good_as_8_bits(tmp_path: Path, hidden: int) -> None:
+@pytest.mark.parametrize("hidden", [64, 96])  # the second cannot be cut into blocks of 64
+def test_the_logits_of_the_wanted_rows_are_as_good_as_8_bits(tmp_path: Path, hidden: int) -> None:
     file, table = tied(tmp_path, hidden)
     ids = np.array([[3, 14, 15, 92]])
     (logits,) = small(file).run(["logits"], {"input_ids": ids, "logits_rows": np.array([1, 3])})
     exact = (table[ids[0]] @ table.T)[[1, 3]]
     assert logits.shape == (1, 2, IDS)
-    assert off_among_the_best(logits[0], exact) < 0.01
-    assert np.abs(logits[0] - exact).max() < 0.1 * np.abs(exact).max()  # the others are in the softmax's sum
+    assert np.abs(logits[0] - exact).max() < 0.02 * np.abs(exact).max()
 
 
 def test_embedding_and_output_layer_keep_one_table(tmp_path: Path) -> None:
     file, table = tied(tmp_path, 64)
     small(file)
     kept = onnx.load(tmp_path / "small.onnx").graph.initializer
-    in_8_bits = [
-        tensor for tensor in kept if tensor.data_type == TensorProto.UINT8 and np.prod(tensor.dims) == table.size
-    ]
-    assert len(in_8_bits) == 1
+    assert [np.prod(tensor.dims) for tensor in kept if tensor.data_type == TensorProto.UINT8] == [table.size]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -113,4 +102,4 @@ def test_the_queries_projection_takes_over_the_attention_scale(tmp_path: Path, p
     quantized = onnx.load(tmp_path / "small.onnx").graph
     (ours,) = (node for node in quantized.node if node.op_type == attention.op_type)
     assert {field.name: helper.get_attribute_value(field) for field in ours.attribute}["scale"] == 1
-    assert off_among_the_best(logits[0], exact[0]) < 0.03
+    assert np.abs(logits - exact).max() < 0.03 * np.abs(exact).max()
