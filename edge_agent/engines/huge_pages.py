@@ -16,7 +16,7 @@ from pathlib import Path
 _HUGEPAGE, _COLLAPSE = 14, 25  # of <asm-generic/mman-common.h>
 _PAGE = 2 << 20
 _LEAST = 2 * _PAGE  # smaller mappings are not a model
-_ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0\s*(?:\[heap\])?$", re.MULTILINE)
+_ANONYMOUS = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0\s*(?:\[heap\])?$", re.MULTILINE)
 _MAPS = Path("/proc/self/maps")
 
 
@@ -38,5 +38,5 @@ def huge_pages() -> Iterator[None]:
 
 def _mappings() -> set[tuple[int, int]]:
     """First address and end of each large part of this process's memory that no file backs."""
-    found = ((int(start, 16), int(stop, 16)) for start, stop in _ANONYMOUS.findall(_MAPS.read_text(encoding="ascii")))
+    found = ((int(start, 16), int(stop, 16)) for start, stop in _ANONYMOUS.findall(_MAPS.read_bytes()))
     return {(start, stop) for start, stop in found if stop - start >= _LEAST}
