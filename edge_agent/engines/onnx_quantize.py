@@ -11,8 +11,8 @@ of reading these weights, and of hundreds of nodes that do little:
 
 - Attention divides its scores by the root of a head's size. Here the projection of the queries does: onnxruntime's fast
   product of one row with a matrix knows no factor.
-- Embedding and output layer decide between near-equal tokens: they are in 8 bits, by blocks of 64 if their rows can be
-  cut so, as the output layer is a fifth of a small model and half of the scales are less to read.
+- The output layer, a fifth of a small model, is in 8 bits, as is the embedding, whose table it often is: they decide
+  between near-equal tokens. It reads only the rows whose logits are wanted.
 """
 
 import math
@@ -45,7 +45,6 @@ _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
 _SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
 _PLAIN_INPUTS = 12  # of attention; behind them come some that could change the queries
-_TABLE_BLOCK = 64  # of embedding and output layer, if their rows can be cut so
 
 Progress = Callable[[float], None]
 """Told how much is done, 0 to 1."""
@@ -123,7 +122,7 @@ class _Rewrite:
         """The logits of the rows that are wanted; `weights` are (V, K)."""
         rows = f"{node.input[0]}_rows"
         yield self._node("Gather", [node.input[0], self._rows_input()], rows, axis=1)
-        yield self._product(rows, node.input[1], _table_blocks(weights), weights.shape[1], node.output[0])
+        yield self._product(rows, node.input[1], symmetric8(weights), weights.shape[1], node.output[0])
 
     def _product(self, source: str, name: str, blocks: Blocks, columns: int, output: str) -> "NodeProto":
         """`source` (K) times the blocks' weights (N, K), which are kept under `name`."""
@@ -133,20 +132,19 @@ class _Rewrite:
             inputs.append(self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)))
         return self._node(
             "MatMulNBits", inputs, output,
-            K=columns, N=len(blocks.values), bits=blocks.bits, block_size=blocks.values.shape[2],
+            K=columns, N=len(blocks.values), bits=blocks.bits, block_size=BLOCK,
             accuracy_level=_ACCURACY_LEVEL,
         )  # fmt: skip
 
     def _look_up(self, name: str, table: Floats, numbers: str, output: str) -> "Iterator[NodeProto]":
         """Rows of `table` (V, H) by their numbers; an output layer of the same name has the same blocks."""
-        blocks = _table_blocks(table)
-        values, scales = self._stored(name, blocks)
+        values, scales = self._stored(name, symmetric8(table))
         shape = self._constant(f"{name}_shape", np.array(table.shape, np.int64))
         flat = f"{name}_flat"
         yield self._node("Reshape", [values, shape], flat)
         yield self._node(
             "GatherBlockQuantized", [flat, numbers, scales], output,
-            bits=8, block_size=blocks.values.shape[2], gather_axis=0, quantize_axis=1,
+            bits=8, block_size=BLOCK, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def _means(self, source: str, blocks: int) -> "tuple[str, list[NodeProto]]":
@@ -209,10 +207,6 @@ class _Rewrite:
         node = helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain)
         node.attribute.extend(helper.make_attribute(name, value) for name, value in settings.items())
         return node
-
-
-def _table_blocks(table: Floats) -> Blocks:
-    return symmetric8(table, BLOCK if table.shape[1] % _TABLE_BLOCK else _TABLE_BLOCK)
 
 
 def _scaled_queries(attention: "NodeProto", weights: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""A weight matrix as blocks of small integers, for onnxruntime's `MatMulNBits`.
+"""A weight matrix as blocks of 32 small integers, for onnxruntime's `MatMulNBits`.
 
 A GGUF file in 4 bits was dequantized to float32 on its way here, but its grid is still in the numbers: the 32 values of
 a block lie on sixteen evenly spaced ones. `affine4` finds that grid again, so nothing is rounded a second time (which
@@ -27,9 +27,9 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """N rows of B blocks of S: weight = (value - zero) * scale.
+    """N rows of B blocks of 32: weight = (value - zero) * scale.
 
-    `values` (N, B, S), `scales` and `zeros` (N, B); `bits` is 4 or 8.
+    `values` (N, B, 32), `scales` and `zeros` (N, B); `bits` is 4 or 8.
     """
 
     values: Bytes
@@ -43,7 +43,7 @@ class Blocks:
         return bool((self.zeros == 1 << self.bits - 1).all())
 
     def weights(self) -> Floats:
-        """What the blocks stand for, (N, S B)."""
+        """What the blocks stand for, (N, 32 B)."""
         centred = self.values.astype(np.float32) - self.zeros[..., None]
         return (centred * self.scales[..., None]).reshape(len(self.values), -1)
 
@@ -56,9 +56,9 @@ class Blocks:
         return _paired(np.pad(self.zeros, ((0, 0), (0, self.zeros.shape[1] % 2)))) if self.bits == 4 else self.zeros
 
 
-def symmetric8(weights: Floats, block: int = BLOCK) -> Blocks:
-    """Round (N, B x `block`) weights to 8 bits; Q8_0 comes out as it was by its own blocks of 32."""
-    blocks = _blocks(weights, block)
+def symmetric8(weights: Floats) -> Blocks:
+    """Round (N, 32 B) weights to 8 bits; Q8_0 blocks come out as they were."""
+    blocks = _blocks(weights)
     scales = _no_zero(np.abs(blocks).max(axis=-1) / 127)
     values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
     return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
@@ -69,7 +69,7 @@ def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
 
     The rest is at most half a step unless a block lies far from zero. None where any block lies on no such grid.
     """
-    blocks = _blocks(weights, BLOCK)
+    blocks = _blocks(weights)
     low = blocks.min(axis=-1)
     span = blocks.max(axis=-1) - low
     scales = np.zeros_like(low)
@@ -132,8 +132,8 @@ def _low_start(blocks: int) -> int:
     return -(-blocks // BLOCK) * BLOCK
 
 
-def _blocks(weights: Floats, block: int) -> Floats:
-    return np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, block)
+def _blocks(weights: Floats) -> Floats:
+    return np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, BLOCK)
 
 
 def _no_zero(scales: Floats) -> Floats:
