@@ -151,8 +151,8 @@ class CachedDraft(ABC):
     def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
         """Evaluate tokens, at most `batch_tokens`, at the cache's positions from `start` on, which are the next ones.
 
-        The logits (num_logits, V) of the last rows, good until the next call. Raises `EngineError`, with the cache as it
-        was.
+        The logits (num_logits, V) of the last rows, good until the next call. Raises `EngineError`; the cache is as it
+        was then.
         """
 
     @abstractmethod
