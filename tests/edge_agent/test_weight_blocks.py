@@ -78,13 +78,14 @@ def test_other_weights_are_off_by_half_a_step_at_most() -> None:
     assert (symmetric8(np.zeros((1, BLOCK), np.float32)).weights() == 0).all()
 
 
-@pytest.mark.parametrize("count", [18, 20, 32, 48, 64, 100])
-def test_the_rest_becomes_columns_of_repeated_block_sums_in_two_digits(count: int) -> None:
+@pytest.mark.parametrize(("count", "added"), [(18, 2), (20, 2), (32, 2), (48, 5), (64, 4), (100, 10)])
+def test_the_rest_becomes_columns_of_repeated_block_sums_in_two_digits(count: int, added: int) -> None:
     weights = dequantized(*grid(8, count))
     found = affine4(weights)
     assert found is not None
     blocks, rest = found
     columns = sum_blocks(rest)
+    assert columns.values.shape == (8, added, BLOCK)
     x = np.random.default_rng(3).normal(size=count * BLOCK).astype(np.float32)
     sums = np.tile(x.reshape(count, BLOCK).sum(axis=1), sum_copies(count))
     padding = np.zeros(columns.values.shape[1] * BLOCK - len(sums), np.float32)
@@ -96,7 +97,7 @@ def test_the_rest_becomes_columns_of_repeated_block_sums_in_two_digits(count: in
     assert (np.abs(worth - rest) <= step / 16 * 1.001).all()
     exact = weights @ x
     ours = joined(blocks, columns).weights() @ np.concatenate((x, sums, padding))
-    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 40
+    assert np.abs(ours - exact).max() < np.abs(blocks.weights() @ x - exact).max() / 50
     assert not sum_blocks(np.zeros((8, count), np.float32)).weights().any()
 
 

@@ -243,8 +243,9 @@ class TestFolder:
 
 class TestPrepared:
     def test_4_bits_go_on_exactly_and_the_output_layer_in_8(self, prepared_onnx: Prepared) -> None:
-        # Of 96 tokens, so a token is a hundredth (of 3,259 it is 0.976); the builder's own 4 bits come to 0.73.
-        assert prepared_onnx.acceptance >= 0.9
+        # Of some 360 tokens; without AVX-512 onnxruntime's kernels are others. The builder's own 4 bits come to 0.73.
+        least = 0.93 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 0.9
+        assert prepared_onnx.acceptance >= least
         assert prepared_onnx.size_bytes < 115e6
         assert {path.name for path in prepared_onnx.path.iterdir()} == {
             "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -17,11 +17,11 @@ Array = NDArray[np.float32]
 IDS = 96
 
 
-def saved(folder: Path, nodes: list[NodeProto], tensors: Mapping[str, NDArray[Any]], ids: int) -> Path:
+def saved(folder: Path, nodes: list[NodeProto], tensors: Mapping[str, NDArray[Any]]) -> Path:
     graph = helper.make_graph(
         nodes, "graph",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "rows"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "rows", ids])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "rows", IDS])],
         [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -30,16 +30,14 @@ def saved(folder: Path, nodes: list[NodeProto], tensors: Mapping[str, NDArray[An
 
 
 def tied(folder: Path) -> tuple[Path, Array]:
-    """A look-up and an output layer that share one table (V, H) of random numbers."""
+    """A look-up and an output layer that share one random table (V, H), kept transposed as the builder does."""
     table = np.random.default_rng(0).normal(size=(IDS, 64)).astype(np.float32)
     nodes = [
+        helper.make_node("Transpose", ["weights"], ["table"], perm=[1, 0]),
         helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
-        helper.make_node("Transpose", ["table"], ["upright"], perm=[1, 0]),
-        helper.make_node("MatMul", ["embedded", "upright"], ["logits"]),
+        helper.make_node("MatMul", ["embedded", "weights"], ["logits"]),
     ]
-    # As the builder has it: the table is kept transposed, and the look-up reads the transposed one.
-    nodes[0].input[0], nodes[1].input[0], nodes[2].input[1] = "upright", "weights", "weights"
-    return saved(folder, [nodes[1], nodes[0], nodes[2]], {"weights": np.ascontiguousarray(table.T)}, IDS), table
+    return saved(folder, nodes, {"weights": np.ascontiguousarray(table.T)}), table
 
 
 def small(file: Path) -> onnxruntime.InferenceSession:
@@ -94,7 +92,7 @@ def test_the_queries_projection_takes_over_the_attention_scale(tmp_path: Path, p
         attention,
         helper.make_node("MatMul", ["attended", "out"], ["logits"]),
     ]
-    file = saved(tmp_path, nodes, tensors | counts, IDS)
+    file = saved(tmp_path, nodes, tensors | counts)
     ids = {"input_ids": np.array([[3, 14, 15, 92]])}
     (exact,) = onnxruntime.InferenceSession(str(file)).run(["logits"], ids)
     (logits,) = small(file).run(["logits"], ids | {"logits_rows": np.arange(4)})

@@ -191,6 +191,7 @@ def test_recycled_rows_are_taken_as_long_as_each_is_worth_its_time() -> None:
     broken = after_break(0.8, 1.0, 50.0)
     stepwise = StepRule([30.0, 30.0, 30.0, 30.0, 55.0, 55.0])
     assert stepwise.recycled_rows([0.4, 0.2, 0.1, 0.05], broken) == 2, "a third would be the fourth row's"
+    assert FLAT.recycled_rows([0.3, 0.1, 0.05, 0.04], broken) == 2, "the others gain less than a row costs"
     assert stepwise.recycled_rows([0.09, 0.08], broken) == 0, "a guess that is hardly ever right is none, free or not"
     assert stepwise.recycled_rows([0.9] * 9, broken) == 4, "as many as the curve tells of"
     assert StepRule(CURVES["steep"][: DRAFTS + 2]).recycled_rows([0.7, 0.6], broken) == 0
