@@ -7,9 +7,10 @@ from pathlib import Path
 
 from edge_agent.config import DraftConfig
 from edge_agent.engines.cached_draft import CachedDraft
-from edge_agent.engines.lookup_draft import LookupDraft, measure_row_ms
+from edge_agent.engines.lookup_draft import MOST_GUESSED, LookupDraft
 from edge_agent.engines.ngram import SOURCE as NGRAM
 from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.row_costs import measure_row_costs
 from edge_agent.engines.selftest import check_draft
 from edge_agent.engines.tokenizer import Tokenizer
 from shared.engine import DraftEngine, EngineError
@@ -78,7 +79,7 @@ def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:
     if not before and not model.can_check:
         return LoadedDraft(model, tokenizer)
     lookup = _ngrams(config, tokenizer, model.capabilities.max_context) if before else None
-    return LoadedDraft(LookupDraft(model, measure_row_ms(model), lookup), tokenizer)
+    return LoadedDraft(LookupDraft(model, measure_row_costs(model, 1 + MOST_GUESSED), lookup), tokenizer)
 
 
 def _ngrams(config: DraftConfig, tokenizer: Tokenizer, max_context: int) -> NgramDraft:

@@ -71,6 +71,11 @@ class CachedDraft(ABC):
         return self._capabilities
 
     @property
+    def num_cached(self) -> int:
+        """Tokens of the list that the cache holds, dropped ones included; the next forward evaluates the others."""
+        return self._cached
+
+    @property
     def can_check(self) -> bool:
         """Whether it gives the logits of several rows, as far as it knows: `propose_checked` needs them."""
         return True

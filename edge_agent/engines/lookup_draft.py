@@ -8,16 +8,17 @@ cost more round trips than they save, even those after long matches. But the mod
 its cache falls behind, and where the kernels allow it five tokens at once take far less than five times as long as one.
 So the guess goes through the model first ("staged" speculation: Spector and Re, arXiv 2308.04623), and what comes out
 is what the model alone would have drafted, sooner. How much to guess follows from what a forward of so many rows costs
-here, measured at load, and from how often the model agreed with what followed a match of that length.
+here (`row_costs`), and from how often the model agreed with what followed a match of that length.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from edge_agent.engines import ngram
 from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.row_costs import RowCosts
 from shared.core.errors import LocalProtocolError
 from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
@@ -26,11 +27,16 @@ from shared.core.siblings import Siblings
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
 
 RECYCLED = "recycled"
-_MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
+MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
 
 
 class CheckingDraft(DraftEngine, Protocol):
     """A draft engine that can check a guess in one forward."""
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of its list that the cache holds; the next forward evaluates the others."""
+        ...
 
     def propose_checked(self, guess: Sequence[int]) -> Proposal:
         """The guess as far as the model drafts the same, and one more token of its own."""
@@ -50,26 +56,6 @@ def guess_length(chances: Sequence[float], row_ms: Sequence[float]) -> tuple[int
         if expected / row_ms[length] > best_rate:
             best, best_rate = length, expected / row_ms[length]
     return best, best_rate
-
-
-def measure_row_ms(model: CheckingDraft) -> list[float]:
-    """What a forward of 1, 2, ... rows takes, ms, up to where so many one by one would be as fast.
-
-    `reset` the model before any other use.
-    """
-    row_ms = list[float]()
-    for rows in range(1, _MOST_GUESSED + 2):
-        tries = []
-        for _ in range(3):  # the best one: something else may have run
-            model.reset([0], Sampling(), 1)
-            model.propose_checked(())
-            began = time.perf_counter()
-            model.propose_checked([0] * (rows - 1))
-            tries.append((time.perf_counter() - began) * 1000)
-        row_ms.append(min(tries))
-        if rows > 1 and row_ms[-1] >= rows * row_ms[0]:
-            break
-    return row_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +79,17 @@ class LookupDraft:
     The model may have drafted more than was asked for: those tokens wait in `_ready`; its list is the text and they.
     """
 
-    def __init__(self, model: CheckingDraft, row_ms: Sequence[float], lookup: NgramDraft | None = None) -> None:
+    def __init__(
+        self,
+        model: CheckingDraft,
+        costs: RowCosts,
+        lookup: NgramDraft | None = None,
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._model = model
-        self._row_ms = row_ms
+        self._costs = costs
         self._lookup = lookup
+        self._clock_s = clock_s
         self._tokens: list[int] = []
         self._ready: list[tuple[int, float, str, Siblings]] = []  # token, confidence, source, siblings
         self._rejected = RejectedPath()
@@ -178,11 +171,16 @@ class LookupDraft:
 
     def _draft(self) -> list[tuple[int, float, str, Siblings]]:
         """Let the model draft at least one token, with the guess that pays best, if any does."""
-        guesses = [_Guess(RECYCLED, *self._rejected.guess(self._behind(), _MOST_GUESSED), self._rejected.chances)]
+        guesses = [_Guess(RECYCLED, *self._rejected.guess(self._behind(), MOST_GUESSED), self._rejected.chances)]
         if self._lookup is not None:
-            guesses.append(_Guess(ngram.SOURCE, *self._lookup.guess(_MOST_GUESSED), self._copy_chances))
-        (length, _), best = max(((guess.best(self._row_ms), guess) for guess in guesses), key=lambda pair: pair[0][1])
+            guesses.append(_Guess(ngram.SOURCE, *self._lookup.guess(MOST_GUESSED), self._copy_chances))
+        cached = self._model.num_cached
+        due = len(self._tokens) - cached
+        row_ms = self._costs.with_guesses(due, cached)
+        (length, _), best = max(((guess.best(row_ms), guess) for guess in guesses), key=lambda pair: pair[0][1])
+        began_s = self._clock_s()
         proposal = self._model.propose_checked(best.tokens[:length])
+        self._costs.observe(due + length, cached, (self._clock_s() - began_s) * 1000)
         for guess in guesses:
             guess.chances.learn(guess.match, guess.tokens, proposal.tokens)
         right = max(0, len(proposal.tokens) - 1)  # the last one is the model's own

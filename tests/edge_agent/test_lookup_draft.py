@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from edge_agent.engines.lookup_draft import RECYCLED, LookupDraft, guess_length, measure_row_ms
+from edge_agent.engines.lookup_draft import RECYCLED, LookupDraft, guess_length
 from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.row_costs import RowCosts
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
@@ -34,6 +35,10 @@ class CheckingToy(ToyDraft):
         super().__init__(model, max_context)
         self.num_forwards = 0
 
+    @property
+    def num_cached(self) -> int:
+        return len(self.log) - 1
+
     def propose(self, n: int) -> Proposal:
         self.num_forwards += n
         return super().propose(n)
@@ -49,7 +54,7 @@ class CheckingToy(ToyDraft):
 
 
 def lookup(model: CheckingToy, row_ms: Sequence[float] = CHEAP_ROWS) -> LookupDraft:
-    return LookupDraft(model, row_ms, NgramDraft(TOY_VOCABULARY, 1000))
+    return LookupDraft(model, RowCosts(row_ms), NgramDraft(TOY_VOCABULARY, 1000))
 
 
 def drafted(engine: LookupDraft, n: int) -> list[tuple[int, str]]:
@@ -75,7 +80,7 @@ def test_a_text_that_repeats_itself_takes_fewer_forwards(slip: int) -> None:
 
 def test_a_path_that_was_rejected_is_not_drafted_token_by_token_again() -> None:
     model = CheckingToy(LoopingModel(period=400))
-    engine = LookupDraft(model, CHEAP_ROWS)
+    engine = LookupDraft(model, RowCosts(CHEAP_ROWS))
     engine.reset([1, 2, 3], Sampling(), 3)
     path = [token for token, _ in drafted(engine, 20)]
     engine.rollback(5)
@@ -91,7 +96,7 @@ def test_a_path_that_was_rejected_is_not_drafted_token_by_token_again() -> None:
 
 def test_what_was_ready_when_the_text_went_another_way_is_a_rejected_path() -> None:
     model = CheckingToy(LoopingModel(period=400))
-    engine = LookupDraft(model, CHEAP_ROWS)
+    engine = LookupDraft(model, RowCosts(CHEAP_ROWS))
     engine.reset([1, 2, 3], Sampling(), 3)
     drafted(engine, 20)
     engine.rollback(5)
@@ -185,8 +190,23 @@ def test_the_length_of_a_guess_is_what_pays() -> None:
     assert guess_length([], CHEAP_ROWS)[0] == 0
 
 
-def test_rows_are_measured_as_one_forward_each() -> None:
-    model = CheckingToy(LoopingModel())
-    row_ms = measure_row_ms(model)
-    assert len(row_ms) == 8
-    assert min(row_ms) > 0
+def test_behind_a_long_text_a_guess_must_be_worth_what_its_rows_take_there() -> None:
+    """Each cached token adds 0.1 ms to a forward of several rows: behind 900 of them no guess is worth that."""
+    now_s = 0.0
+
+    class Slow(CheckingToy):
+        def propose_checked(self, guess: Sequence[int]) -> Proposal:
+            nonlocal now_s
+            now_s += (CHEAP_ROWS[len(guess)] + (0.1 * self.num_cached if guess else 0.0)) / 1000
+            return super().propose_checked(guess)
+
+    num_forwards = []
+    for length in (30, 900):
+        model = Slow(LoopingModel(slip=7))
+        costs, lookup = RowCosts(CHEAP_ROWS), NgramDraft(TOY_VOCABULARY, 1000)
+        engine = LookupDraft(model, costs, lookup, clock_s=lambda: now_s)
+        engine.reset([1 + position % 10 for position in range(length)], Sampling(), 3)
+        drafted(engine, 90)
+        num_forwards.append(model.num_forwards)
+    assert num_forwards[0] < 65
+    assert 80 < num_forwards[1] < 90, "a few teach it"

@@ -11,6 +11,7 @@ from edge_agent.engines import load_draft, onnx_builder
 from edge_agent.engines.lookup_draft import LookupDraft
 from edge_agent.engines.ngram import NgramDraft
 from edge_agent.engines.onnx_builder import build, with_onnx
+from edge_agent.engines.row_costs import RowCosts
 from edge_agent.prepare import Prepared
 from shared.core.messages import Sampling
 from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
@@ -47,7 +48,8 @@ def test_with_n_grams_a_model_drafts_the_same(
     for name in (model, f"ngram+{model}"):
         loaded = load_draft(config(name), path)
         if isinstance(loaded.engine, LookupDraft):
-            loaded.engine._row_ms = [1.0, *[1.01] * 7]  # guess wherever there is a match, whatever this machine says
+            guess_always = RowCosts([1.0, *[1.01] * 7])  # wherever there is a match, whatever this machine says
+            loaded.engine._costs = guess_always
         tokens = loaded.model.tokenize(LIST)
         loaded.engine.reset(tokens, sampling, len(tokens))
         found[name] = drafted(loaded.engine, 24)
