@@ -160,6 +160,13 @@ class CachedDraft(ABC):
         was then.
         """
 
+    def _read_ahead(self, tokens: Sequence[int], start: int) -> int:
+        """Evaluate the first of these tokens, whose logits nobody wants, at the cache's positions from `start` on.
+
+        For an engine that can do that faster than by `_evaluate`. How many they were; raises `EngineError`.
+        """
+        return 0
+
     @abstractmethod
     def _remove(self, length: int) -> bool:
         """Drop the cache from position `length` on; False, and nothing changed, if this model cannot."""
@@ -175,6 +182,8 @@ class CachedDraft(ABC):
         """Evaluate the tokens that the cache lacks; the logits (num_logits, V) after the last of them."""
         assert self._cached <= len(self._tokens) - num_logits, f"nothing left to evaluate in {self!r}"
         self._slide()
+        unread = self._tokens[self._cached : len(self._tokens) - num_logits]
+        self._cached += self._read_ahead(unread, self._cached - self.dropped_tokens)
         while self._cached < len(self._tokens) - self._batch_tokens:
             stop = min(self._cached + self._batch_tokens, len(self._tokens) - num_logits)
             self._evaluate(self._tokens[self._cached : stop], self._cached - self.dropped_tokens, 0)

@@ -2,11 +2,14 @@
 
 Its graphs keep the cache with GroupQueryAttention: past and present are one buffer of full length, allocated once, and
 the attention mask's length tells how much of it counts. So a token copies no cache, and a rollback is a shorter mask.
-The package is imported at the first load, not with this module.
+A second graph may read prompts into the same buffers (`onnx_prefill`). The package is imported at the first load, not
+with this module.
 """
 
 import importlib
 import os
+import platform
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.engines.cached_draft import CachedDraft, context_room
+from edge_agent.engines.cached_draft import SINK_TOKENS, CachedDraft, context_room
 from edge_agent.engines.huge_pages import huge_pages
-from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, OnnxFolder
+from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, PREFILL_FILE, OnnxFolder
 from edge_agent.engines.rotary import read_rotary
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
@@ -25,11 +28,19 @@ from shared.engine import Capabilities, EngineError
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue
 
+    _Bound = tuple[InferenceSession, IOBinding]
+
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
 _PAST, _PRESENT, _KEY = "past_key_values.", "present.", ".key"
 # Of its two kernels for attention the tiled one, its first choice, is made for long prompts; a token takes it longer.
 _UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+# On x86 without VNNI, sums of products with signed weights overflow unless onnxruntime makes the weights unsigned.
+_NO_OVERFLOW = "session.x64quantprecision", "1"
+_CPU_FLAGS = Path("/proc/cpuinfo")
+_FEWEST_READ = 12  # rows; below, a forward more is not worth it
+_TIMED_ROWS, _TRIES = 32, 2
 _FATAL = 4  # severity of onnxruntime's own log: what fails is raised, too
+_CPU = "CPUExecutionProvider"
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # their cache must lie on the GPU
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -45,7 +56,7 @@ class OnnxDraft(CachedDraft):
         window_tokens: int = 0,
         threads: int = 1,
         batch_tokens: int = 128,
-        provider: str = "CPUExecutionProvider",
+        provider: str = _CPU,
     ) -> None:
         """Load the model, for texts of `context_tokens` (0: what it was trained for), `window_tokens` of them cached.
 
@@ -68,12 +79,16 @@ class OnnxDraft(CachedDraft):
             raise EngineError(f"{folder}: the graph does not say how it rotates keys, so it has no window; set "
                               "draft.window_tokens: 0 or make it again with edge-agent prepare")  # fmt: skip
         self._caches: dict[str, OrtValue] = {}
-        self._binding = self._bind(library, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
+        self._binding = self._bind(library, self._session, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
         self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
         self._buffers: dict[int, tuple[NDArray[np.generic], OrtValue]] = {}  # by rows, each buffer allocated once
         self._mask = np.ones((1, room), dtype=np.int64)
         capabilities = Capabilities(True, can_tree=False, max_context=max_context)
         super().__init__(folder.name, batch_tokens, capabilities, room)
+        self._prefill: _Bound | None = None
+        if provider == _CPU and (folder / PREFILL_FILE).is_file():
+            session = _load(library, folder / PREFILL_FILE, threads, provider)
+            self._prefill = self._if_faster((session, self._bind(library, session, room, "cpu")))
 
     @property
     def can_check(self) -> bool:
@@ -87,47 +102,73 @@ class OnnxDraft(CachedDraft):
 
     def close(self) -> None:
         """Free the model; no other call may follow."""
-        del self._binding, self._session, self._caches, self._buffers
+        del self._binding, self._session, self._prefill, self._caches, self._buffers
 
-    def _bind(self, library: ModuleType, room: int, device: str) -> "IOBinding":
-        """Allocate the cache, each buffer both past and present."""
-        binding = self._session.io_binding()
-        for tensor in self._session.get_inputs():
+    def _bind(self, library: ModuleType, session: "InferenceSession", room: int, device: str) -> "IOBinding":
+        """Give the session the cache, each buffer both past and present; the first one allocates it."""
+        binding = session.io_binding()
+        for tensor in session.get_inputs():
             if tensor.name in (_IDS, _MASK, LOGITS_ROWS):
                 continue
             if not tensor.name.startswith(_PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
                 raise EngineError(f"{self.model.folder}: the graph has an input {tensor.name!r}, which is not known "
                                   "here; make it with edge-agent prepare")  # fmt: skip
-            shape = [1, tensor.shape[1], room, self.model.head_size]
-            zeros = np.zeros(shape, _TYPES[tensor.type])
-            cache = library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
-            self._caches[tensor.name] = cache
+            if tensor.name not in self._caches:
+                zeros = np.zeros([1, tensor.shape[1], room, self.model.head_size], _TYPES[tensor.type])
+                self._caches[tensor.name] = library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+            cache = self._caches[tensor.name]
             binding.bind_ortvalue_input(tensor.name, cache)
             binding.bind_ortvalue_output(_PRESENT + tensor.name.removeprefix(_PAST), cache)
         return binding
 
+    def _if_faster(self, graph: "_Bound") -> "_Bound | None":
+        """This reading graph, unless the other one reads as fast on this machine."""
+        rows, took_s = [0] * min(_TIMED_ROWS, self._mask.shape[1]), list[tuple[float, float]]()
+        for _ in range(_TRIES):
+            began_s = time.perf_counter()
+            self._run(graph, rows, 0)
+            between_s = time.perf_counter()
+            self._evaluate(rows, 0, 0)
+            took_s.append((between_s - began_s, time.perf_counter() - between_s))
+        ours, others = map(min, zip(*took_s, strict=True))
+        return graph if ours < others else None
+
+    def _read_ahead(self, tokens: Sequence[int], start: int) -> int:
+        if self._prefill is None or len(tokens) < _FEWEST_READ:
+            return 0
+        exactly = max(0, SINK_TOKENS - start)  # what all others attend to
+        if exactly:
+            self._evaluate(tokens[:exactly], start, 0)
+        for at in range(exactly, len(tokens), self._batch_tokens):
+            self._run(self._prefill, tokens[at : at + self._batch_tokens], start + at)
+        return len(tokens)
+
     def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
-        binding, rows = self._binding, len(tokens)
-        binding.bind_cpu_input(_IDS, np.array([tokens], dtype=np.int64))
-        binding.bind_cpu_input(_MASK, self._mask[:, : start + rows])
-        buffer = None
+        binding, buffer = self._binding, None
         if self._selects_rows:
-            wanted = range(rows - max(num_logits, 1), rows)  # none at all would be an empty matrix product
+            wanted = range(len(tokens) - max(num_logits, 1), len(tokens))  # none would be an empty matrix product
             binding.bind_cpu_input(LOGITS_ROWS, np.array(wanted, dtype=np.int64))
             buffer, output = self._logits_buffer(len(wanted))
             binding.bind_ortvalue_output(_LOGITS, output)
         else:
             binding.bind_output(_LOGITS)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # its classes share no base of their own
-            raise EngineError(f"onnxruntime cannot evaluate {rows} token(s): {_one_line(error)}") from error
+        self._run((self._session, binding), tokens, start)
         # Asking for outputs wraps each of the cache's, too: a fortieth of a small model's forward.
         logits: NDArray[np.generic] = (binding.get_outputs()[-1].numpy() if buffer is None else buffer)[0]
         if len(logits) < num_logits:
             raise EngineError(f"{self.model.folder}: the graph gives the last row's logits only, so it cannot check "
                               "copies; make it again with edge-agent prepare")  # fmt: skip
         return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
+
+    def _run(self, graph: "_Bound", tokens: Sequence[int], start: int) -> None:
+        """Evaluate tokens at the cache's positions from `start` on. Raises `EngineError`."""
+        session, binding = graph
+        binding.bind_cpu_input(_IDS, np.array([tokens], dtype=np.int64))
+        binding.bind_cpu_input(_MASK, self._mask[:, : start + len(tokens)])
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # its classes share no base of their own
+            raise EngineError(f"onnxruntime cannot evaluate {len(tokens)} token(s): {_one_line(error)}") from error
 
     def _logits_buffer(self, rows: int) -> "tuple[NDArray[np.generic], OrtValue]":
         """Where the logits (1, rows, V) go; what is there is overwritten by the next forward with as many."""
@@ -163,8 +204,10 @@ def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "Infe
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
+    if platform.machine() in ("x86_64", "AMD64") and not (_CPU_FLAGS.exists() and "vnni" in _CPU_FLAGS.read_text()):
+        options.add_session_config_entry(*_NO_OVERFLOW)
     os.environ.setdefault(_UNTILED, "1")  # read when a session is made
-    providers = list(dict.fromkeys((provider, "CPUExecutionProvider")))
+    providers = list(dict.fromkeys((provider, _CPU)))
     try:
         with huge_pages():
             session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)

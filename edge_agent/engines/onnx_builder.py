@@ -1,4 +1,6 @@
-"""From a model to an ONNX folder: onnxruntime-genai's builder makes the graph in float32, `onnx_quantize` its weights.
+"""From a model to an ONNX folder, by onnxruntime-genai's builder, whose graph is in float32.
+
+`onnx_quantize` makes its weights small for drafting, `onnx_prefill` adds a second graph that reads prompts.
 
 The builder wants a Hugging Face folder; of a GGUF file one is made, its weights dequantized by transformers. torch,
 transformers and the builder are needed here only, not by the edge that drafts with the result.
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from edge_agent.engines.onnx_folder import MODEL_FILE
+from edge_agent.engines.onnx_prefill import write_prefill
 from edge_agent.engines.onnx_quantize import quantize_graph
 from shared.engine import EngineError
 from shared.runtimes.hub import cached_copy, default_cache_dir
@@ -23,7 +26,7 @@ _BUILDER = "onnxruntime_genai.models.builder"
 _NEEDED = ("accelerate", "gguf", "onnx", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
-_CONVERSION = "onnx-4"  # counts up whenever the same model would give another folder
+_CONVERSION = "onnx-5"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
 
 
@@ -61,6 +64,8 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
         shutil.copy(source / VOCABULARY_FILE, full)
     small.mkdir()
     quantize_graph(full / MODEL_FILE, small / MODEL_FILE, lambda done: progress("making the weights small", done))
+    progress("making the graph that reads prompts", None)
+    write_prefill(full, small)
     for name in _COPIED:
         if (full / name).is_file():
             shutil.copy(full / name, small)

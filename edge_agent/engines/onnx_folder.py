@@ -1,6 +1,7 @@
 """A model folder of onnxruntime-genai's builder: what its files say, and its tokenizer, without torch or transformers.
 
     model.onnx, model.onnx.data   the graph and its weights
+    prefill.onnx, prefill.onnx.data   a second graph that reads prompts faster (`onnx_prefill`); may be missing
     genai_config.json             context length, and whether past and present share a buffer
     tokenizer.json                the text side, for the package `tokenizers`
     chat_template.jinja           or `chat_template` in tokenizer_config.json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 MODEL_FILE = "model.onnx"
+PREFILL_FILE = "prefill.onnx"
 LOGITS_ROWS = "logits_rows"  # input (n) of graphs made by `prepare`: which rows the output layer reads
 CONFIG_FILE = "genai_config.json"
 # Special tokens that end a generation whatever the files say, by llama.cpp's list (`llama-vocab.cpp`).

@@ -10,6 +10,7 @@ from edge_agent.config import DraftConfig, load_edge_config
 from edge_agent.engines import load_draft, onnx_builder
 from edge_agent.engines.lookup_draft import LookupDraft
 from edge_agent.engines.ngram import NgramDraft
+from edge_agent.engines.onnx import OnnxDraft
 from edge_agent.engines.onnx_builder import build, with_onnx
 from edge_agent.engines.row_costs import RowCosts
 from edge_agent.prepare import Prepared
@@ -50,6 +51,8 @@ def test_with_n_grams_a_model_drafts_the_same(
         if isinstance(loaded.engine, LookupDraft):
             guess_always = RowCosts([1.0, *[1.01] * 7])  # wherever there is a match, whatever this machine says
             loaded.engine._costs = guess_always
+            if isinstance(loaded.engine._model, OnnxDraft):
+                loaded.engine._model._prefill = None  # near-ties as they were: what is tested is the guesses
         tokens = loaded.model.tokenize(LIST)
         loaded.engine.reset(tokens, sampling, len(tokens))
         found[name] = drafted(loaded.engine, 24)
