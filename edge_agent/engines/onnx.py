@@ -72,7 +72,8 @@ class OnnxDraft(CachedDraft):
         self.model = OnnxFolder(folder)
         if not self.model.shares_buffers:
             raise EngineError(f"{folder}: past and present are separate buffers; make it with edge-agent prepare")
-        self._session = _load(library, folder / MODEL_FILE, threads, provider)
+        with huge_pages():
+            self._session = _load(library, folder / MODEL_FILE, threads, provider)
         max_context, room = context_room(context_tokens, window_tokens, self.model.context_tokens)
         self._rotary = read_rotary(self._session.get_modelmeta().custom_metadata_map)
         if window_tokens and self._rotary is None:
@@ -209,8 +210,7 @@ def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "Infe
     os.environ.setdefault(_UNTILED, "1")  # read when a session is made
     providers = list(dict.fromkeys((provider, _CPU)))
     try:
-        with huge_pages():
-            session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
+        session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its classes share no base of their own
         raise EngineError(f"model file {file} cannot be loaded: {_one_line(error)}") from error
     return session
