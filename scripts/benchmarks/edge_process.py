@@ -6,7 +6,7 @@
 {"do": "stop"}
     ends the answer that is being given; it is reported as far as it came
 {"do": "pattern", "question": "Why?", "tokens": [1, 2]}
-    at which of these positions the draft would have been right, and how long it takes for a token and for the prompt
+    at which of these positions the draft would have been right; how long it takes for a token, and to read the prompt
 """
 
 import asyncio
@@ -95,12 +95,13 @@ class Edge:
         """See the module."""
         request = self._source.request(question["question"])
         engine = self._source.engine
+        engine.rollback(0)
         engine.reset(request.prompt, request.sampling, len(request.prompt))
         began = time.perf_counter()
         engine.propose(1)
-        prompt_ms = (time.perf_counter() - began) * 1000
+        first_ms = (time.perf_counter() - began) * 1000
         right, draft_ms = right_drafts(engine, request, question["tokens"])
-        return {"right": right, "draft_ms": draft_ms, "prompt_ms": prompt_ms}
+        return {"right": right, "draft_ms": draft_ms, "prompt_ms": max(0.0, first_ms - draft_ms)}
 
     def _agent(self, question: _Question) -> EdgeAgent:
         key = (question["way"], question.get("k", 0), question["address"])

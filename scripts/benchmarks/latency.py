@@ -57,6 +57,7 @@ class Run:
     answers: dict[str, dict[str, Any]]
     right: list[bool]  # of the draft model at each position of the cloud's text
     draft_ms: float
+    prompt_ms: float  # the edge's, for reading the prompt
 
     def tpot_ms(self, way: str) -> float:
         """Of one way, at the user."""
@@ -110,7 +111,9 @@ class Bench:
         answers = {way: await self.answer(draft, way, prompt, plan.max_new_tokens, k) for way in ways}
         question = {"do": "pattern", "question": prompt.text, "tokens": cloud_only["tokens"]}
         pattern = await self._edges[draft].ask(question)
-        return Run(prompt, {"cloud_only": cloud_only, **answers}, pattern["right"], pattern["draft_ms"])
+        return Run(
+            prompt, {"cloud_only": cloud_only, **answers}, pattern["right"], pattern["draft_ms"], pattern["prompt_ms"]
+        )
 
     async def best_round(self, draft: str, prompts: Sequence[Prompt]) -> tuple[int, dict[int, float]]:
         """Drafts a round with which stop-and-wait is fastest, and the TPOT of each that was tried.
@@ -131,7 +134,8 @@ class Bench:
         """What the limit of this run follows from.
 
         The target's cost curve is that of its start, scaled to what a step of this prompt took while it streamed, and
-        the draft's time is that without a target. `beside`: both as they were while draft and target ran together.
+        the draft's time is that without a target. `beside`: both as they were while draft and target ran together. How
+        long they read the prompt is measured apart in any case.
         """
         last = len(self._costs)
         draft_ms, step_ms, rows = run.draft_ms, run.answers["cloud_only"]["statistics"]["mean_verify_ms"], 1.0
@@ -141,8 +145,9 @@ class Bench:
             rows += statistics["num_draft_tokens"] / statistics["num_steps"]
         scale = step_ms / float(np.interp(rows, range(1, last + 1), self._costs))
         one_way_ms = (spec.rtt_ms + spec.jitter_ms) / 2
+        ahead_ms = run.answers["cloud_only"]["statistics"]["ttft_ms"] - 2 * one_way_ms - run.prompt_ms
         return Measured(
-            run.right, draft_ms, lambda rows: scale * self._costs[min(rows, last) - 1], one_way_ms, one_way_ms
+            run.right, draft_ms, lambda rows: scale * self._costs[min(rows, last) - 1], one_way_ms, one_way_ms, ahead_ms
         )
 
 

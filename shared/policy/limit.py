@@ -21,7 +21,8 @@ class Measured:
     """One answer as measured, durations in ms.
 
     `right[i]` says whether the draft model proposes token i of the text after its true prefix; `cost_ms` is the
-    duration of a target step by its rows.
+    duration of a target step by its rows. `ahead_ms`: how much sooner the edge has read the prompt than the verifier,
+    each from when it has it; negative: later.
     """
 
     right: Sequence[bool]
@@ -29,6 +30,7 @@ class Measured:
     cost_ms: Callable[[int], float]
     up_ms: float
     down_ms: float
+    ahead_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class _Edge:
         self._next_wrong = [len(answer.right)] * (len(answer.right) + 1)
         for index in range(len(answer.right) - 1, -1, -1):
             self._next_wrong[index] = self._next_wrong[index + 1] if answer.right[index] else index
-        # It has read the prompt by the time the verifier has, and drafts while that is on its way.
-        self._runs = [self._run(0, -answer.up_ms)]
+        # The prompt was on its way for `up_ms`, too.
+        self._runs = [self._run(0, -answer.up_ms - answer.ahead_ms)]
         self._news: list[tuple[float, int]] = []
 
     def told(self, at: float, committed: int) -> None:
@@ -157,7 +159,7 @@ class _Edge:
                 # The token that is being drafted is finished first.
                 since = run.since + math.ceil((at - run.since) / self._answer.draft_ms - 1e-9) * self._answer.draft_ms
                 run.until = at
-                self._runs.append(self._run(committed, max(at, since)))
+                self._runs.append(self._run(committed, max(at, since, run.since)))  # it may still be reading
 
     def _run(self, start: int, since: float) -> _Run:
         return _Run(start, since, self._next_wrong[min(start, len(self._next_wrong) - 1)])

@@ -8,7 +8,7 @@ def run(**texts: list[int]) -> Run:
     answers = {
         way: {"tokens": tokens, "statistics": {"tpot_ms": 10.0, "ttft_ms": 5.0}} for way, tokens in texts.items()
     }
-    return Run(Prompt("a", "b"), answers, [True] * 20, 5.0)
+    return Run(Prompt("a", "b"), answers, [True] * 20, 5.0, 0.0)
 
 
 def test_the_draft_models_own_text_may_differ() -> None:

@@ -51,6 +51,20 @@ def test_a_wrong_token_is_paid_with_a_round_trip_and_the_steps_around_it() -> No
     assert flawed * 100 - flawless * 100 == pytest.approx(250.0, abs=50.0)
 
 
+def test_an_edge_that_has_read_the_prompt_sooner_has_drafts_in_store() -> None:
+    late, level, ahead = (
+        99 * tpot_ms(Measured([True] * 100, 10.0, linear(30.0), 25.0, 25.0, ahead_ms), TAKE_ALL)
+        for ahead_ms in (-300.0, 0.0, 100.0)
+    )
+    assert level - ahead == pytest.approx(100.0, abs=31.0)  # ten drafts more; a step more or less at the end
+    assert late - level == pytest.approx(300.0 * (1 - 10 / 30), abs=31.0)  # until then each token takes a step
+
+
+def test_an_edge_that_is_still_reading_does_not_draft() -> None:
+    never = Measured([True] * 50, 5.0, linear(30.0), 25.0, 25.0, ahead_ms=-10_000.0)
+    assert tpot_ms(never, TAKE_ALL) == pytest.approx(30.0)
+
+
 def test_holding_pays_where_the_draft_is_fast_and_the_link_short() -> None:
     tried = answers(0.95, 30.0, 2.0, draft_ms=1.0)[:3]
     assert best_tpot_ms(tried) < sum(tpot_ms(one, TAKE_ALL) for one in tried) / len(tried)
