@@ -8,7 +8,8 @@ cost more round trips than they save, even those after long matches. But the mod
 its cache falls behind, and where the kernels allow it five tokens at once take far less than five times as long as one.
 So the guess goes through the model first ("staged" speculation: Spector and Re, arXiv 2308.04623), and what comes out
 is what the model alone would have drafted, sooner. How much to guess follows from what a forward of so many rows costs
-here (`row_costs`), and from how often the model agreed with what followed a match of that length.
+here (`row_costs`), and from how often the model agreed with what followed a match of that length, in this text most
+of all.
 """
 
 import time
@@ -20,7 +21,7 @@ from edge_agent.engines import ngram
 from edge_agent.engines.ngram import NgramDraft
 from edge_agent.engines.row_costs import RowCosts
 from shared.core.errors import LocalProtocolError
-from shared.core.match_chances import MatchChances
+from shared.core.match_chances import MatchChances, TextChances
 from shared.core.messages import Fingerprint, Sampling
 from shared.core.rejected_path import RejectedPath
 from shared.core.siblings import Siblings
@@ -93,7 +94,7 @@ class LookupDraft:
         self._tokens: list[int] = []
         self._ready: list[tuple[int, float, str, Siblings]] = []  # token, confidence, source, siblings
         self._rejected = RejectedPath()
-        self._copy_chances = MatchChances(ngram.CHANCES)
+        self._copy_chances = TextChances(ngram.CHANCES)
 
     def __repr__(self) -> str:
         guessed = f"{self._rejected!r}" if self._lookup is None else f"{self._rejected!r}, {self._lookup!r}"
@@ -116,6 +117,7 @@ class LookupDraft:
             self._lookup.reset(tokens, sampling, prompt_len)
         self._tokens, self._ready = list(tokens), []
         self._rejected = RejectedPath(self._rejected.chances)
+        self._copy_chances.begin_text()
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that are now part of the text."""

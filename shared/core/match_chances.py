@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 _PRIOR_WEIGHT = 8.0  # observations
 _WINDOW = 64.0
+_TEXT_WEIGHT = 8.0  # tokens: that many must be expected before a text counts for half
 
 
 class MatchChances:
@@ -14,7 +15,7 @@ class MatchChances:
         self._seen = [(chance, _PRIOR_WEIGHT) for chance in prior]
 
     def __repr__(self) -> str:
-        return f"<MatchChances {', '.join(f'{chance:.2f}' for chance, _ in self._seen)}>"
+        return f"<{type(self).__name__} {', '.join(f'{chance:.2f}' for chance, _ in self._seen)}>"
 
     def after(self, match_tokens: int) -> float:
         """Probability, 0 to 1, that what followed a match of this length follows again."""
@@ -34,3 +35,29 @@ class MatchChances:
             if guessed != token:
                 return
             match_tokens += 1  # each token, if it is right, makes the match longer
+
+
+class TextChances(MatchChances):
+    """Chances that also follow the text at hand: some are copied from their prompt, others hardly repeat a phrase.
+
+    All chances are multiplied by how many tokens were right in this text over how many were expected to be.
+    """
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        """`prior[n]` is the probability, 0 to 1, after a match of n tokens."""
+        super().__init__(prior)
+        self._right = self._expected = _TEXT_WEIGHT
+
+    def begin_text(self) -> None:
+        """Another text: it is like all others until it shows."""
+        self._right = self._expected = _TEXT_WEIGHT
+
+    def after(self, match_tokens: int) -> float:
+        """Probability, 0 to 1, that what followed a match of this length follows again."""
+        return min(1.0, super().after(match_tokens) * self._right / self._expected)
+
+    def observe(self, match_tokens: int, was_right: bool) -> None:
+        """Learn from one token."""
+        self._right += was_right
+        self._expected += super().after(match_tokens)
+        super().observe(match_tokens, was_right)

@@ -208,5 +208,5 @@ def test_behind_a_long_text_a_guess_must_be_worth_what_its_rows_take_there() -> 
         engine.reset([1 + position % 10 for position in range(length)], Sampling(), 3)
         drafted(engine, 90)
         num_forwards.append(model.num_forwards)
-    assert num_forwards[0] < 65
+    assert num_forwards[0] < 70
     assert 80 < num_forwards[1] < 90, "a few teach it"
