@@ -200,4 +200,5 @@ def _largest_inputs(full: Path, head_size: int, names: Sequence[str], texts: Seq
         for name, (rows,) in zip(names, session.run(names, empty | ids), strict=True):
             sizes = np.abs(rows[SINK_TOKENS:]).max(axis=0)
             largest[name] = np.maximum(sizes, largest.get(name, sizes))
+    (full / _WATCHED).unlink()
     return largest

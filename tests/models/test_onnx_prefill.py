@@ -123,10 +123,13 @@ def test_smoothing_takes_half_of_the_difference_and_never_divides_by_zero() -> N
 
 
 class TestDraft:
-    @pytest.fixture
-    def draft(self, prepared_onnx: Prepared, monkeypatch: pytest.MonkeyPatch) -> Iterator[OnnxDraft]:
-        """One that reads by the reading graph, whichever is faster here."""
+    @pytest.fixture(autouse=True)
+    def _whichever_is_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The reading graph reads on any machine."""
         monkeypatch.setattr(OnnxDraft, "_if_faster", lambda _, graph: graph)
+
+    @pytest.fixture
+    def draft(self, prepared_onnx: Prepared) -> Iterator[OnnxDraft]:
         draft = OnnxDraft(prepared_onnx.path, context_tokens=256)
         yield draft
         draft.close()
@@ -180,6 +183,18 @@ class TestDraft:
         draft.extend([5] * 20)
         draft.propose_checked([6, 7])
         assert runs == [("draft", 9), ("read", 20), ("draft", 3)]
+
+    def test_a_window_is_filled_by_it_as_by_the_other(self, prepared_onnx: Prepared) -> None:
+        windows = [OnnxDraft(prepared_onnx.path, context_tokens=512, window_tokens=96) for _ in range(2)]
+        windows[1]._prefill = None
+        tokens = windows[0].model.tokenize(TEXT * 4)
+        proposals = []
+        for window in windows:
+            window.reset(tokens, GREEDY, len(tokens))
+            proposals.append(window.propose(8).tokens)
+            assert window.num_cached - window.dropped_tokens <= 96 < len(tokens)
+            window.close()
+        assert proposals[0] == proposals[1]
 
     def test_a_runtime_that_fails_is_one_line_and_leaves_the_cache_as_it_was(self, draft: OnnxDraft) -> None:
         class Broken:
