@@ -19,7 +19,7 @@ from typing import Protocol
 
 from edge_agent.engines import ngram
 from edge_agent.engines.ngram import NgramDraft
-from edge_agent.engines.row_costs import RowCosts
+from edge_agent.engines.row_costs import MeasurableDraft, RowCosts
 from shared.core.errors import LocalProtocolError
 from shared.core.match_chances import MatchChances, TextChances
 from shared.core.messages import Fingerprint, Sampling
@@ -31,16 +31,12 @@ RECYCLED = "recycled"
 MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
 
 
-class CheckingDraft(DraftEngine, Protocol):
+class CheckingDraft(DraftEngine, MeasurableDraft, Protocol):
     """A draft engine that can check a guess in one forward."""
 
     @property
     def num_cached(self) -> int:
         """Tokens of its list that the cache holds; the next forward evaluates the others."""
-        ...
-
-    def propose_checked(self, guess: Sequence[int]) -> Proposal:
-        """The guess as far as the model drafts the same, and one more token of its own."""
         ...
 
 

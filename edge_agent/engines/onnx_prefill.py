@@ -17,24 +17,22 @@ that drafts are as often right as behind a prompt that was read in 4 bits:
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import SINK_TOKENS
 from edge_agent.engines.onnx_folder import MODEL_FILE, PREFILL_FILE, OnnxFolder
+from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
 from edge_agent.engines.weight_blocks import Floats
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-_DOMAIN = "com.microsoft"
 _LARGEST = 127
-_PART = 384  # numbers with one scale, at most; half as many take a tenth longer, twice as many double the error
+_PART = 384  # numbers with one scale, at most; half as many take a seventh longer and gain nothing
 _LEAST = np.float32(1e-4)  # of the largest input, or weight: what never is larger counts as this
 _NO_ZERO = np.float32(1e-20)  # a row's largest, before it is divided by
-_SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 _LOGITS = "logits"
 _WATCHED = "watched.onnx"
 # What prompts are made of: chat, prose, code, figures, other languages. `prepare` measures on other texts.
@@ -59,24 +57,21 @@ def write_prefill(full: Path, small: Path) -> None:
     texts = [tokenizer.tokenize(text, add_special=True) for text in TEXTS]
     largest = _largest_inputs(full, tokenizer.head_size, list(rewrite.products), texts)
     rewrite.run(largest, onnx.load(small / MODEL_FILE, load_external_data=False).graph)
-    file = small / PREFILL_FILE
-    onnx.save(model, file, save_as_external_data=True, location=f"{file.name}.data", size_threshold=_SMALL_BYTES)
-    file.with_name(f"{file.name}.data").chmod(file.stat().st_mode)  # it comes for the owner alone
+    save_graph(model, small / PREFILL_FILE)
 
 
-class _Rewrite:
+class _Rewrite(GraphRewrite):
     """A float32 graph while it is made a reading graph.
 
     `products`: by the name of an input, the nodes that multiply it with weights.
     """
 
     def __init__(self, graph: "GraphProto") -> None:
-        self._graph = graph
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        super().__init__(graph)
         kept = [output for output in graph.output if output.name != _LOGITS]
         del graph.output[:]
         graph.output.extend(kept)
-        self._drop_unread(list(graph.node))
+        self._keep(list(graph.node))
         self.products = dict[str, list["NodeProto"]]()
         for node in graph.node:
             if node.op_type == "MatMul" and node.input[1] in self._tensors:
@@ -98,7 +93,7 @@ class _Rewrite:
         for output in tables.keys() & {node.output[0] for node in self._graph.node}:
             replaced[output] = self._taken(small, tables[output])
         new = (replaced.get(node.output[0], [node]) for node in self._graph.node)
-        self._drop_unread([node for nodes in new for node in nodes])
+        self._keep([node for nodes in new for node in nodes])
 
     def _quantized(self, source: str, factors: Floats) -> "Iterator[NodeProto]":
         """`source` (rows, K) times `factors` (K), in parts: 8-bit integers, their scale and zero, each row's size."""
@@ -121,7 +116,7 @@ class _Rewrite:
             values = self._constant(f"{output}_values{number}", np.rint(rows / scales).astype(np.int8))
             inputs = [f"{part}_integers", values, f"{part}_scale", self._constant(f"{output}_scales{number}", scales)]
             unit, term = f"{output}_unit{number}", f"{output}_term{number}"
-            yield self._node("MatMulIntegerToFloat", [*inputs, f"{part}_zero"], unit, domain=_DOMAIN)
+            yield self._node("MatMulIntegerToFloat", [*inputs, f"{part}_zero"], unit)
             yield self._node("Mul", [unit, f"{part}_size"], term)
             terms.append(term)
         yield self._node("Sum", terms, output)
@@ -142,28 +137,6 @@ class _Rewrite:
         from onnx import numpy_helper
 
         return np.asarray(numpy_helper.to_array(self._tensors[name]), np.float32)
-
-    def _constant(self, name: str, array: "NDArray[np.generic] | np.generic") -> str:
-        from onnx import numpy_helper
-
-        self._tensors[name] = numpy_helper.from_array(np.asarray(array), name)
-        return name
-
-    def _node(self, kind: str, inputs: list[str], *outputs: str, domain: str = "", **settings: Any) -> "NodeProto":
-        from onnx import helper
-
-        return helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain, **settings)
-
-    def _drop_unread(self, nodes: "list[NodeProto]") -> None:
-        """Keep of these nodes, and of the constants, what leads to an output."""
-        read, kept = {output.name for output in self._graph.output}, list["NodeProto"]()
-        for node in reversed(nodes):
-            if not read.isdisjoint(node.output):
-                kept.append(node)
-                read.update(node.input)
-        del self._graph.node[:], self._graph.initializer[:]
-        self._graph.node.extend(reversed(kept))
-        self._graph.initializer.extend(tensor for name, tensor in self._tensors.items() if name in read)
 
 
 def _parts(source: str, numbers: int) -> list[str]:

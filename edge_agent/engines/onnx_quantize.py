@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_agent.engines.onnx_folder import LOGITS_ROWS
+from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
 from edge_agent.engines.rotary import ATTENTION, note_rotary
 from edge_agent.engines.weight_blocks import (
     BLOCK,
@@ -39,10 +39,7 @@ from edge_agent.engines.weight_blocks import (
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-_DOMAIN = "com.microsoft"
-_CONTRIBUTED = frozenset({"MatMulNBits", "GatherBlockQuantized"})  # of that domain
 _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
-_SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
 _PLAIN_INPUTS = 12  # of attention; behind them come some that could change the queries
 
@@ -58,20 +55,16 @@ def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[
     rewrite = _Rewrite(model.graph)
     rewrite.run(progress)
     note_rotary(model)
-    onnx.save(
-        model, destination, save_as_external_data=True, location=f"{destination.name}.data", size_threshold=_SMALL_BYTES
-    )
-    destination.with_name(f"{destination.name}.data").chmod(destination.stat().st_mode)  # it comes for the owner alone
+    save_graph(model, destination)
     return rewrite.num_matrices
 
 
-class _Rewrite:
-    """One graph while it is rewritten."""
+class _Rewrite(GraphRewrite):
+    """A float32 graph while its weights are made small."""
 
     def __init__(self, graph: "GraphProto") -> None:
+        super().__init__(graph)
         self.num_matrices = {4: 0, 8: 0}
-        self._graph = graph
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
         self._outputs = {value.name for value in graph.output}
         self._attention = {  # by what its queries come from
@@ -86,12 +79,7 @@ class _Rewrite:
         for index, node in enumerate(self._graph.node):
             progress(index / len(self._graph.node))
             nodes += self._replaced(node)
-        read = self._outputs.union(*(node.input for node in nodes))
-        nodes = [node for node in nodes if not read.isdisjoint(node.output)]  # not the Transpose of a replaced table
-        read = set[str]().union(*(node.input for node in nodes))
-        del self._graph.node[:], self._graph.initializer[:]
-        self._graph.node.extend(nodes)
-        self._graph.initializer.extend(tensor for name, tensor in self._tensors.items() if name in read)
+        self._keep(nodes)
 
     def _replaced(self, node: "NodeProto") -> "Iterator[NodeProto]":
         if node.op_type == "MatMul" and (weights := self._matrix(node.input[1])) is not None:
@@ -193,20 +181,6 @@ class _Rewrite:
         if tensor is None or len(tensor.dims) != 2 or tensor.dims[1] % BLOCK:
             return None
         return name, np.asarray(numpy_helper.to_array(tensor), dtype=np.float32)
-
-    def _constant(self, name: str, array: NDArray[np.generic]) -> str:
-        from onnx import numpy_helper
-
-        self._tensors[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def _node(self, kind: str, inputs: list[str], *outputs: str, **settings: int) -> "NodeProto":
-        from onnx import helper
-
-        domain = _DOMAIN if kind in _CONTRIBUTED else ""
-        node = helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain)
-        node.attribute.extend(helper.make_attribute(name, value) for name, value in settings.items())
-        return node
 
 
 def _scaled_queries(attention: "NodeProto", weights: Floats) -> Floats:

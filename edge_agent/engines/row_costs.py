@@ -29,7 +29,7 @@ class MeasurableDraft(Protocol):
         ...
 
     def propose_checked(self, guess: Sequence[int]) -> Proposal:
-        """Evaluate the last token and a guess of the next ones in one forward."""
+        """The guess as far as the model drafts the same, and one more token of its own, all in one forward."""
         ...
 
 

@@ -46,7 +46,7 @@ class TextChances(MatchChances):
     def __init__(self, prior: Sequence[float]) -> None:
         """`prior[n]` is the probability, 0 to 1, after a match of n tokens."""
         super().__init__(prior)
-        self._right = self._expected = _TEXT_WEIGHT
+        self.begin_text()
 
     def begin_text(self) -> None:
         """Another text: it is like all others until it shows."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from edge_agent.engines.lookup_draft import RECYCLED, LookupDraft, guess_length
+from edge_agent.engines.lookup_draft import MOST_GUESSED, RECYCLED, LookupDraft, guess_length
 from edge_agent.engines.ngram import NgramDraft
-from edge_agent.engines.row_costs import RowCosts
+from edge_agent.engines.row_costs import RowCosts, measure_row_costs
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
@@ -188,6 +188,12 @@ def test_the_length_of_a_guess_is_what_pays() -> None:
     assert guess_length([0.2, 0.2], [10.0, 12.0, 14.0]) == (0, 0.1)
     assert guess_length([0.2, 1.0, 1.0], [10.0, 12.1, 13.0, 13.5])[0] == 3, "a poor first one may be worth what follows"
     assert guess_length([], CHEAP_ROWS)[0] == 0
+
+
+def test_rows_are_measured_as_one_forward_each() -> None:
+    row_ms = measure_row_costs(CheckingToy(LoopingModel()), 1 + MOST_GUESSED).with_guesses(1, 0)
+    assert len(row_ms) == 8
+    assert min(row_ms) > 0
 
 
 def test_behind_a_long_text_a_guess_must_be_worth_what_its_rows_take_there() -> None:
