@@ -59,6 +59,7 @@ class DraftPath:
         self._awaited_len = 0  # a step of the verifier waits for drafts up to here
         self._is_held = False  # the next one
         self._recently_drafted = self._recently_used = _USE_PRIOR
+        self._was_right = False  # the last drafted token that was judged
 
     def __len__(self) -> int:
         return len(self.log)
@@ -93,6 +94,7 @@ class DraftPath:
             acceptance=self.calibration.overall,
             reach=self.calibration.reach(self._confidence[settled_len:]),
             use=self._recently_used / self._recently_drafted,
+            was_right=self._was_right,
             draft_ms=self.draft_ms,
             jitter_ms=link.jitter_ms + self.clock.error_ms,
             until_step_ms=step.until_ms,
@@ -170,6 +172,7 @@ class DraftPath:
         end, failed = start + matched, int(matched < min(ahead, len(tokens)))
         self.calibration.observe(bytes(self._confidence[start:end]), bytes(self._confidence[end : end + failed]))
         self.calibration.refresh()
+        self._was_right = not failed and (matched > 0 or self._was_right)
         differing = tokens[matched] if failed else None
         self.siblings.judged(end if failed else start + len(tokens) - 1, differing, num_accepted > matched)
         fading = _USE_FADING ** len(tokens)

@@ -13,7 +13,8 @@ class DraftObservation:
     """What the run-ahead policy decides on. Durations in ms.
 
     How good drafts are: `acceptance` is the probability that one more token of a path that stands is right, `reach`
-    that all of the own path is, `use` the part of what was drafted lately that a step accepted.
+    that all of the own path is, `use` the part of what was drafted lately that a step accepted; `was_right` says
+    whether the last drafted token that was judged was.
 
     When a message would be in time: one sent within `until_step_ms` lands before a step of the verifier begins, for
     which `spare_tokens` are there already; the step before takes `step_ms`. `jitter_ms` is how far such forecasts are
@@ -28,6 +29,7 @@ class DraftObservation:
     acceptance: float
     reach: float
     use: float
+    was_right: bool
     draft_ms: float
     jitter_ms: float
     until_step_ms: float

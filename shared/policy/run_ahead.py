@@ -5,7 +5,8 @@ verifier will hold. A token is worth the probability that the whole path up to i
 below `_LEAST_WORTH` the rest of a path is wasted energy and bytes (DySpec, 2410.11744, stops growing a tree by the same
 threshold). Tokens are also not drafted while hardly any of them is of use: because most are wrong, or because the
 verifier goes on faster by itself (cloud-only: drafting 0 tokens is a legal answer). Then only samples are drafted, so
-that better times are noticed and the engine stays warm. `draft_duty` below 1 raises both prices for devices that save
+that better times are noticed and the engine stays warm; of a draft that is nearly always wrong a single token now and
+then, and one after the other as long as they are right. `draft_duty` below 1 raises both prices for devices that save
 energy.
 
 A message goes when it decides something. If the verifier holds its step, as soon as the tokens that it waits for are
@@ -26,6 +27,7 @@ _LEAST_USE = 0.0025
 _LEAST_ACCEPTANCE = 0.1  # less cannot gain a tenth, and takes all of a device's power
 _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
+_GLIMPSE_EVERY_TOKENS = 16  # of wrong drafts; the engine has so many tokens to read, at most, when the link drops
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
 _SAFETY_MS = 1.5  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
@@ -51,17 +53,21 @@ class RunAhead:
 
     def draft_tokens(self, seen: DraftObservation) -> int:
         """Tokens to draft now: a few at a time, up to the depth that acceptance justifies."""
-        price = 1.0 - self.draft_duty
-        is_sampling = seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
-        is_useless = seen.use < max(price, _LEAST_USE) or seen.acceptance < _LEAST_ACCEPTANCE
-        if is_useless and not is_sampling:
+        price, most = 1.0 - self.draft_duty, self._chunk(seen)
+        if seen.acceptance < _LEAST_ACCEPTANCE and not seen.was_right:
+            is_sampling = seen.settled_tokens % _GLIMPSE_EVERY_TOKENS == 0 and not seen.ahead_tokens
+            most = 1
+        else:
+            is_useful = seen.use >= max(price, _LEAST_USE)
+            is_sampling = is_useful or seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
+        if not is_sampling:
             return 0
         room = min(
             self._worthwhile(seen, max(price, _LEAST_WORTH)),
             self.max_ahead_tokens - seen.ahead_tokens,
             seen.max_ahead - seen.ahead_tokens,
         )
-        return max(0, min(room, self._chunk(seen)))
+        return max(0, min(room, most))
 
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         """Until the message would land just before the verifier's next step: sooner gains nothing.

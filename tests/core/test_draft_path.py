@@ -200,6 +200,7 @@ def test_policy_sees_what_it_decides_on(held_len: int, unsent: int, awaited: int
         acceptance=seen.acceptance,
         reach=seen.reach,
         use=seen.use,
+        was_right=True,
         draft_ms=0.0,
         jitter_ms=0.0,
         until_step_ms=0.0,
@@ -216,6 +217,19 @@ def test_policy_sees_what_it_decides_on(held_len: int, unsent: int, awaited: int
         since_burst_ms=inf,
         credit=5.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("committed", "was_right"), [((5,), True), ((5, 6), True), ((5, 6, 7), True), ((5, 9), False), ((9,), False)]
+)
+def test_the_last_judged_token_says_whether_drafts_are_right_now(committed: tuple[int, ...], was_right: bool) -> None:
+    path, link = path_of((1,), (5, 6)), Link(LinkSettings())
+    assert not path.observe(1, 99, link, 9, now=0.0).was_right
+    path.lay(1, committed, 0, 0)
+    assert path.observe(1 + len(committed), 99, link, 9, now=0.0).was_right == was_right
+    nothing_judged = len(path)
+    path.lay(nothing_judged, (), 0, 0)
+    assert path.observe(nothing_judged, 99, link, 9, now=0.0).was_right == was_right
 
 
 def test_path_is_fresh_from_a_cut_until_it_is_sent() -> None:

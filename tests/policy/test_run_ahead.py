@@ -12,6 +12,7 @@ SEEN = DraftObservation(
     acceptance=0.8,
     reach=1.0,
     use=0.8,
+    was_right=False,
     draft_ms=8.0,
     jitter_ms=0.0,
     until_step_ms=100.0,
@@ -69,9 +70,22 @@ def test_verifier_bounds_the_depth() -> None:
 
 def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
     useless = replace(SEEN, use=0.002)
-    assert RunAhead().draft_tokens(replace(SEEN, acceptance=0.09, settled_tokens=64)) == 1
     drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
     assert drafting == ([True] * 16 + [False] * 48) * 2
+
+
+def test_drafts_that_are_nearly_always_wrong_are_drafted_one_by_one_and_rarely() -> None:
+    wrong = replace(SEEN, acceptance=0.09, draft_ms=0.1)
+    drafted = [RunAhead().draft_tokens(replace(wrong, settled_tokens=settled)) for settled in range(64, 128)]
+    assert drafted == ([1] + [0] * 15) * 4
+    assert RunAhead().draft_tokens(replace(wrong, settled_tokens=64, ahead_tokens=1, reach=0.09)) == 0
+    assert RunAhead(draft_duty=0.0).draft_tokens(replace(wrong, settled_tokens=64)) == 0
+
+
+def test_wrong_drafts_that_begin_to_be_right_are_looked_at_until_they_fail() -> None:
+    better = replace(SEEN, acceptance=0.02, draft_ms=0.1, was_right=True)
+    assert RunAhead().draft_tokens(better) == 1
+    assert RunAhead().draft_tokens(replace(better, was_right=False)) == 0
 
 
 def test_an_answer_begins_with_drafts_however_bad_the_last_ones_were() -> None:
