@@ -19,6 +19,7 @@ from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
 from edge_agent.display import JsonLines, Screen
 from edge_agent.engines import load_draft
 from edge_agent.setup import make_agent, make_request, make_settings
+from edge_agent.texts import PROBE_TOKENS
 from shared.config import ConfigError
 from shared.core.effects import Finished, Refused
 from shared.core.settings import OnDisconnect
@@ -87,9 +88,12 @@ def doctor(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text of your own to try, instead of ours; again for more.")
     ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=16, help="Of each answer: as many as yours usually have.")
+    ] = PROBE_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check the settings, models and link; say what to expect, and what to change. Less than a minute."""
+    """Check the settings, models and link; say what to expect, and what to change. About a minute."""
     from edge_agent.doctor import examine, failed_configuration
     from edge_agent.doctor_report import show_diagnosis
 
@@ -100,7 +104,7 @@ def doctor(
     else:
         configure_logs("error", settings.log.format)
         with Console(stderr=True).status("examining"):
-            diagnosis = asyncio.run(examine(settings, prompt or ()))
+            diagnosis = asyncio.run(examine(settings, prompt or (), max_new_tokens))
     show_diagnosis(diagnosis, as_json)
     raise typer.Exit(0 if diagnosis.is_sound else EXIT_MISTAKE)
 

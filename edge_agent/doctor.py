@@ -1,13 +1,15 @@
 """`edge-agent doctor`: is everything in place, what will an answer be like, and which setting to change.
 
-The checks build on one another; one that cannot be made is left out. Measured are the link (`link_probe`) and short
-answers to a few texts: cloud-only, speculative and local. What is expected at other round trips is the event simulation
-of `shared.policy.limit`, scaled to the speculative answers that were really given.
+The checks build on one another; one that cannot be made is left out. Measured are the link (`link_probe`) and answers
+to a few texts: a speculative one, whose time depends on what is written, and short ones cloud-only and local. The
+speculative one comes first: a verifier that has the prompt in its cache leaves the edge no time to draft ahead. What is
+expected at other round trips is the event simulation of `shared.policy.limit`, scaled to the speculative answers that
+were really given.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -20,6 +22,7 @@ from edge_agent.config import EdgeConfig
 from edge_agent.engines import LoadedDraft, load_draft
 from edge_agent.link_probe import LinkMeasured, measure_link
 from edge_agent.setup import make_agent, make_request
+from edge_agent.texts import FEWEST_TOKENS, PROBE_TOKENS, TEXTS
 from shared.config import ConfigError
 from shared.core.effects import Emit, Finished, Refused
 from shared.core.errors import RemoteProtocolError
@@ -31,17 +34,9 @@ from shared.runtimes.hub import resolve_model
 from shared.vocabulary import Vocabulary, describe_mismatch
 from shared.wire import Description
 
-TEXTS = (
-    "Tell me a story about a lighthouse keeper who finds a message in a bottle.",
-    "A farmer has 17 sheep and all but 9 run away. How many are left? Explain step by step.",
-    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
-    "Why is the sky blue during the day and red in the evening?",
-    "You are a friendly librarian. A child asks for a book about dinosaurs. What do you say?",
-    "What is the sum of the first 50 even numbers? Show how you get there.",
-)
-_PROBE_TOKENS = 64
+_COMPARED_TOKENS = 16  # of a cloud-only or a local answer, whose tokens all take about the same time
+_WARM_UP_TEXT = "Hello."
 _WARM_UP_TOKENS = 8  # the first answer dials, and knows neither the link nor the draft's speed
-_FEWEST_TOKENS = 8  # of an answer that says something about its speed
 _WORTHWHILE = 1.1  # drafting pays where it is faster by this factor
 _UNREACHABLE = (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError)
 
@@ -103,8 +98,8 @@ def failed_configuration(error: ConfigError) -> Diagnosis:
     return Diagnosis((Check("configuration", False, str(error), to_do),))
 
 
-async def examine(config: EdgeConfig, texts: Sequence[str]) -> Diagnosis:
-    """Check everything, in less than a minute. Without `texts` some of our own are tried."""
+async def examine(config: EdgeConfig, texts: Sequence[str], max_new_tokens: int = PROBE_TOKENS) -> Diagnosis:
+    """Check everything, in about a minute; answers are of so many tokens. Without `texts` some of our own are tried."""
     checks = [Check("configuration", True, f"draft {config.draft.model}, verifier {config.verifier.address}")]
     loaded = _load(config, checks)
     description, link = await _reach(config, checks)
@@ -113,7 +108,7 @@ async def examine(config: EdgeConfig, texts: Sequence[str]) -> Diagnosis:
             return Diagnosis(tuple(checks), link)
         if description is not None and not _same_vocabulary(loaded, description, checks):
             description = None
-        return await _try(config, loaded, description, link, texts or TEXTS, checks)
+        return await _try(config, loaded, description, link, tuple(texts or TEXTS.values()), max_new_tokens, checks)
     finally:
         if loaded is not None:
             loaded.engine.close()
@@ -177,28 +172,31 @@ async def _try(
     description: Description | None,
     link: LinkMeasured | None,
     texts: Sequence[str],
+    max_new_tokens: int,
     checks: list[Check],
 ) -> Diagnosis:
-    ways = [] if description is None else ["cloud_only", "speculative"]
-    ways += ["local"] if config.draft.can_write else []
+    ways = {} if description is None else {"speculative": max_new_tokens, "cloud_only": _COMPARED_TOKENS}
+    ways |= {"local": _COMPARED_TOKENS} if config.draft.can_write else {}
     if not ways:
         checks.append(Check("answers", True, "none tried: without a verifier n-grams have nothing to add to"))
         return Diagnosis(tuple(checks), link)
     agents = {way: make_agent(config, loaded, offline=way == "local") for way in ways}
-    tried = []
     try:
-        warm_up = replace(make_request(config, loaded, texts[0]), max_new_tokens=_WARM_UP_TOKENS)
-        await _answer_every_way(agents, loaded.engine, warm_up)
-        for text in texts:
-            request = replace(make_request(config, loaded, text), max_new_tokens=_PROBE_TOKENS)
-            tried.append(await _answer_every_way(agents, loaded.engine, request))
+        warm_up = make_request(config, loaded, _WARM_UP_TEXT)
+        await _answer_every_way(agents, loaded.engine, warm_up, dict.fromkeys(ways, _WARM_UP_TOKENS))
+        requests = [make_request(config, loaded, text) for text in texts]
+        tried = [await _answer_every_way(agents, loaded.engine, request, ways) for request in requests]
     except EngineError as error:
         checks.append(Check("answers", False, str(error), "give a shorter --prompt, or look at the verifier's log"))
         return Diagnosis(tuple(checks), link)
     finally:
         for agent in agents.values():
             await agent.close(keep_engine=True)
-    long_enough = [one for one in tried if len(one.right) >= _FEWEST_TOKENS] or tried
+    long_enough = [one for one in tried if len(one.right) >= FEWEST_TOKENS]
+    if not long_enough:
+        found = f"every answer was shorter than {FEWEST_TOKENS} tokens"
+        checks.append(Check("answers", False, found, "give a --prompt with a longer answer"))
+        return Diagnosis(tuple(checks), link)
     draft_ms = median(one.draft_ms for one in long_enough)
     checks.append(Check("draft speed", True, f"{draft_ms:.1f} ms a token"))
     if description is None or link is None:
@@ -212,13 +210,16 @@ async def _try(
     return Diagnosis(tuple(checks), link, draft_ms, step_ms, expected, advice)
 
 
-async def _answer_every_way(agents: dict[str, EdgeAgent], engine: DraftEngine, request: Request) -> Tried:
-    """Raises `EngineError` where an answer did not come as it should."""
+async def _answer_every_way(
+    agents: dict[str, EdgeAgent], engine: DraftEngine, request: Request, ways: Mapping[str, int]
+) -> Tried:
+    """One answer in each of these ways, of so many tokens. Raises `EngineError` where one did not come as it should."""
     tpots, text, verify_ms = dict[str, float](), list[int](), 0.0
-    for way, agent in agents.items():
-        tokens, complaint = list[int](), ""
+    for way, max_new_tokens in ways.items():
+        tokens, complaint, agent = list[int](), "", agents[way]
         want = Want.STREAM if way == "cloud_only" else Want.SPECULATE
-        async for event in agent.answer(replace(request, session_id=f"{request.session_id}-{way}", want=want)):
+        asked = replace(request, session_id=f"{request.session_id}-{way}", want=want, max_new_tokens=max_new_tokens)
+        async for event in agent.answer(asked):
             match event:
                 case Emit():
                     tokens += event.tokens

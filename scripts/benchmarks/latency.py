@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.link import LinkSpec
 from benchmarks.processes import BenchError, Child, edge, machine, verifier
 from benchmarks.prompts import Prompt, load_prompts
+from edge_agent.texts import FEWEST_TOKENS
 from shared.policy.limit import Measured, best_tpot_ms
 from shared.testing.link_proxy import LinkProxy
 
-FEWEST_TOKENS = 16  # of an answer that counts: a shorter one has hardly a time per token
 PILOT_ROUNDS = (2, 4, 6, 8, 12, 16, 24, 32)  # drafts a round that stop-and-wait tries
 PILOT_PROMPTS, PILOT_TOKENS = 2, 48
 PILOT_SLOWER = 1.2

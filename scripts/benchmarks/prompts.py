@@ -1,4 +1,4 @@
-"""Prompts for the benchmarks, each of a category: a short set of our own, or a file."""
+"""Prompts for the benchmarks, each of a category: the short set that the doctor tries, or a file."""
 
 import json
 from collections import defaultdict
@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from benchmarks.processes import BenchError
+from edge_agent.texts import TEXTS
 
 
 @dataclass(frozen=True)
@@ -18,23 +19,7 @@ class Prompt:
     text: str
 
 
-BUILT_IN = (
-    Prompt("writing", "Tell me a long story about a lighthouse keeper who finds a message in a bottle."),
-    Prompt("reasoning", "A farmer has 17 sheep and all but 9 run away. How many are left? Explain step by step."),
-    Prompt("coding", "Write a Python function that returns the n-th Fibonacci number, and explain how it works."),
-    Prompt(
-        "summarization",
-        "Summarize in three sentences: The first lighthouses were open fires on hilltops. Later the fires were put on"
-        " platforms, then on towers, so that ships could see them from afar. In the nineteenth century lenses gathered"
-        " the light into beams that reached the horizon. Keepers lived in the towers, trimmed the wicks and wound the"
-        " clockworks that turned the lens. Today most lights are electric, switch themselves on at dusk, and nobody"
-        " lives there any more.",
-    ),
-    Prompt("roleplay", "You are a friendly librarian. A child asks for a book about dinosaurs. What do you say?"),
-    Prompt("math", "What is the sum of the first 50 even numbers? Show how you get there."),
-    Prompt("translation", "Translate into French: The weather is nice today, so we will walk along the river."),
-    Prompt("qa", "Why is the sky blue during the day and red in the evening?"),
-)
+BUILT_IN = tuple(Prompt(category, text) for category, text in TEXTS.items())
 
 
 def load_prompts(file: Path | None, count: int, categories: Sequence[str] = ()) -> list[Prompt]:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import pytest
 
 from edge_agent import __main__ as cli
 from edge_agent import doctor
+from edge_agent.agent import EdgeAgent, Event
 from edge_agent.config import EdgeConfig, load_edge_config
 from edge_agent.doctor import Check, Diagnosis, Expected, Tried, examine, expect, failed_configuration
 from edge_agent.doctor_report import in_words, show_diagnosis
 from edge_agent.engines import LoadedDraft
 from edge_agent.setup import make_request
 from shared.config import ConfigError
+from shared.core.settings import Request
 from shared.engine import EngineError
 from shared.testing.engines import HashModel, NoisyModel, ToyDraft
 from shared.vocabulary import Vocabulary
@@ -28,6 +30,12 @@ class TargetsModel(ToyModel):
     """A toy model with the toy verifier's vocabulary."""
 
     vocabulary = VOCABULARY
+
+
+class OneTokenModel(TargetsModel):
+    """Whatever it says ends the answer."""
+
+    eog_ids = frozenset(range(1000))
 
 
 @pytest.fixture
@@ -137,6 +145,39 @@ def test_a_text_that_is_too_long_is_said(toys: Callable[..., None]) -> None:
     diagnosis = asyncio.run(examine(config(NOBODY), ["x" * 2000]))
     assert not found(diagnosis)["answers"]
     assert "2000 tokens" in diagnosis.checks[-1].found
+
+
+def test_answers_that_say_nothing_about_speed_are_named(toys: Callable[..., None]) -> None:
+    toys(OneTokenModel())
+    diagnosis = asyncio.run(examine(config(NOBODY), ["x"]))
+    assert diagnosis.expected is None
+    assert diagnosis.checks[-1] == Check(
+        "answers", False, "every answer was shorter than 16 tokens", "give a --prompt with a longer answer"
+    )
+
+
+def test_speculative_answers_come_first_and_are_as_long_as_asked(
+    toys: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toys()
+    asked = list[tuple[str, int]]()
+    answer = EdgeAgent.answer
+
+    def noting(agent: EdgeAgent, request: Request) -> AsyncGenerator[Event, None]:
+        asked.append((request.session_id.partition("-")[2], request.max_new_tokens))
+        return answer(agent, request)
+
+    monkeypatch.setattr(EdgeAgent, "answer", noting)
+
+    async def test(lab: Lab) -> None:
+        diagnosis = await examine(config(f"127.0.0.1:{lab.proxy.port}"), ["one text", "another text"], 40)
+        assert diagnosis.is_sound
+
+    in_lab(test)
+    assert asked == [
+        *[("speculative", 8), ("cloud_only", 8), ("local", 8)],
+        *[("speculative", 40), ("cloud_only", 16), ("local", 16)] * 2,
+    ]
 
 
 def test_expectations_follow_from_what_was_tried() -> None:
