@@ -215,6 +215,7 @@ async def _answer_every_way(
 ) -> Tried:
     """One answer in each of these ways, of so many tokens. Raises `EngineError` where one did not come as it should."""
     tpots, text, verify_ms = dict[str, float](), list[int](), 0.0
+    engine.rollback(0)  # a new question, read from its beginning
     for way, max_new_tokens in ways.items():
         tokens, complaint, agent = list[int](), "", agents[way]
         want = Want.STREAM if way == "cloud_only" else Want.SPECULATE
