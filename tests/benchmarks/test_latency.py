@@ -1,4 +1,11 @@
-from benchmarks.latency import Run, _sources
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from benchmarks.latency import Bench, Run, _sources
+from benchmarks.processes import BenchError
 from benchmarks.prompts import Prompt
 
 TEXT = list(range(20))
@@ -34,3 +41,47 @@ def test_acceptance_by_source_is_over_all_runs() -> None:
         "model": {"num_draft_tokens": 40, "acceptance_rate": 0.75},
         "ngram": {"num_draft_tokens": 2, "acceptance_rate": 1.0},
     }
+
+
+class Edge:
+    """An edge process that gives these answers."""
+
+    def __init__(self, *answers: dict[str, Any]) -> None:
+        self.answers = list(answers)
+
+    async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
+        assert question["address"] == "127.0.0.1:7"
+        return self.answers.pop(0)
+
+
+LOST = {"error": "", "provenance": ["cloud", "local"]}
+WHOLE = {"error": "", "provenance": ["cloud", "accepted"]}
+
+
+def bench(*answers: dict[str, Any]) -> tuple[Bench, Edge]:
+    edge, link = Edge(*answers), SimpleNamespace(port=7)
+    return Bench({"onnx": edge}, link, link, [1.0]), edge  # type: ignore[dict-item, arg-type]  # stand-ins
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_an_answer_during_which_the_cloud_was_lost_is_asked_for_again_and_counted(lost: int) -> None:
+    running, edge = bench(*[LOST] * lost, WHOLE)
+    assert asyncio.run(running.answer("onnx", "outrider", Prompt("a", "b"), 16)) == WHOLE
+    assert running.num_repeated == lost
+    assert not edge.answers
+
+
+def test_a_cloud_that_is_lost_each_time_and_a_refusal_are_told() -> None:
+    running, _ = bench(*[LOST] * 3)
+    with pytest.raises(BenchError, match="during each of 3 answers"):
+        asyncio.run(running.answer("onnx", "outrider", Prompt("a", "b"), 16))
+    running, edge = bench({"error": "too long", "provenance": []}, WHOLE)
+    with pytest.raises(BenchError, match="outrider: too long"):
+        asyncio.run(running.answer("onnx", "outrider", Prompt("a", "b"), 16))
+    assert edge.answers == [WHOLE]
+
+
+def test_local_answers_are_local() -> None:
+    running, _ = bench(LOST)
+    assert asyncio.run(running.answer("onnx", "local", Prompt("a", "b"), 16)) == LOST
+    assert running.num_repeated == 0
