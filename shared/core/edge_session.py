@@ -178,6 +178,7 @@ class EdgeSession:
 
     def _open(self, opened_len: int) -> Send:
         self._opened_len = self.path.sent_len = opened_len
+        self.path.clock.opened()
         return Send(self._dialler.stream, self._request.open(self.path.log, self._known_len, opened_len))
 
     def _commit(self, commit: Commit, now: float) -> list[EdgeEffect]:

@@ -37,7 +37,10 @@ class NextStep:
 class StepClock:
     """What was sent when, and how long steps take."""
 
-    __slots__ = ("_began", "_committed_at", "_is_awaited", "_sent", "_step_ms", "credit", "error_ms", "interval_ms")
+    __slots__ = (
+        "_began", "_committed_at", "_is_awaited", "_is_opening", "_sent", "_step_ms",
+        "credit", "error_ms", "interval_ms",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.error_ms = 0.0  # of the expected durations, smoothed
@@ -45,6 +48,7 @@ class StepClock:
         self.credit = float(BURST_MESSAGES)  # messages that commits have paid for; no more than these are saved up
         self._began = self._committed_at = 0.0
         self._is_awaited = False  # the step that goes on had waited for our message
+        self._is_opening = False  # the next commit's step reads a prompt, too
         self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
         self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
 
@@ -54,11 +58,9 @@ class StepClock:
         If it waits for drafts up to `awaited_len` (0: for none), it begins when these land, in case they were sent.
         What a step waits for other than these is part of it.
         """
-        num_drafted, queue_ms, verify_ms = commit.num_drafted, commit.queue_ms, commit.verify_ms
-        step_ms = verify_ms + (0.0 if self._is_awaited else queue_ms)
-        error_ms = abs(step_ms - self._step_ms.get(num_drafted, step_ms))
-        self.error_ms += _GAIN * (error_ms - self.error_ms)
-        self._step_ms[num_drafted] = step_ms
+        if not self._is_opening:
+            self._learn(commit)
+        self._is_opening = False
         since_ms = (now - self._committed_at) * 1000
         self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, _MESSAGES_PER_STEP), BURST_MESSAGES)
         if self._committed_at:
@@ -67,6 +69,10 @@ class StepClock:
         answered_at = next((sent_at for sent_at, end in self._sent if end >= awaited_len), 0.0) if awaited_len else 0.0
         self._is_awaited = answered_at > 0.0
         self._began = max(now - rtt_ms / 1000, answered_at)
+
+    def opened(self) -> None:
+        """The session was opened, maybe not for the first time: how long its first step takes is no use for others."""
+        self._is_opening = True
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
@@ -103,6 +109,12 @@ class StepClock:
             if began > now:
                 break
         return NextStep(max(began - now, 0.0) * 1000, step_ms, max(sent_len - length, 0))
+
+    def _learn(self, commit: Commit) -> None:
+        step_ms = commit.verify_ms + (0.0 if self._is_awaited else commit.queue_ms)
+        error_ms = abs(step_ms - self._step_ms.get(commit.num_drafted, step_ms))
+        self.error_ms += _GAIN * (error_ms - self.error_ms)
+        self._step_ms[commit.num_drafted] = step_ms
 
     def _expected_ms(self, drafts: int) -> float:
         """Of a step with so many drafts, where none had as many yet: as the one with the most below that."""

@@ -31,6 +31,15 @@ def test_offer_says_what_each_row_is_worth() -> None:
     assert offered(session).worth == pytest.approx([(overall * 4 + 2) / 6])  # both as sure as this one
 
 
+def test_drafts_that_are_here_are_judged_by_what_the_first_commits_teach() -> None:
+    session = session_of()
+    session.drafted(draft_on(session, 5, 6, 7, 8), now=0.0)
+    planned(session, most=3)
+    step(session, 5, 6, 7)
+    overall = (0.8 * 4 + 3) / 7  # three were accepted
+    assert offered(session).worth == pytest.approx([(overall * 4 + 3) / 7])
+
+
 @pytest.mark.parametrize(
     ("self_decode", "want", "decodes"),
     [

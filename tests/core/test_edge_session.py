@@ -299,3 +299,14 @@ def test_tail_that_the_verifier_cannot_hold_is_sent_in_parts() -> None:
     assert sent(effects) == [DraftMessage(5, hashed(5), tail[3:5], b"\xff\xff")]
     effects = session.receive(stream, Commit(4, tail[2:4], 1, 1, max_ahead=3), 1.3)
     assert sent(effects) == [Heartbeat(2, 6, draft_ms=0.0), DraftMessage(7, hashed(7), tail[5:7], b"\xff\xff")]
+
+
+def test_what_the_prompts_step_took_is_expected_of_no_other() -> None:
+    session = session_of()
+    session.start(0.0)
+    session.drafted((5, 6), (1.0, 1.0), 0.0)
+    session.connected(1, 0.0)
+    session.receive(1, Commit(2, (5,), verify_ms=755.0), 0.8)
+    assert session.path.clock.next_step(3, 4, 0.8).step_ms == 0.0
+    session.receive(1, Commit(3, (6, 7), num_drafted=1, num_accepted=1, verify_ms=40.0), 0.9)
+    assert session.path.clock.next_step(5, 5, 0.9).step_ms == 40.0

@@ -52,6 +52,19 @@ def test_rarest_step_counts_where_none_had_as_few_drafts() -> None:
     assert clock_of(_4=50.0).next_step(5, 5, now=1.0).step_ms == 50.0
 
 
+def test_the_step_that_reads_a_prompt_says_nothing_of_others() -> None:
+    clock = StepClock()
+    clock.opened()
+    committed(clock, 0, 755.0, now=1.0)
+    assert clock.next_step(5, 5, now=1.0) == NextStep(0.0, 0.0, 0)
+    committed(clock, 2, 40.0, now=1.1)
+    assert next_of(clock, 5, 5, now=1.1) == (20.0, 40.0, 0), "the only one that is known, though it had drafts"
+    clock.opened()  # again, after an outage
+    committed(clock, 2, 500.0, now=9.0)
+    assert next_of(clock, 5, 5, now=9.0) == (20.0, 40.0, 0)
+    assert clock.error_ms == 0.0
+
+
 def test_what_lands_later_is_in_the_step_after_and_what_is_left_is_spare() -> None:
     clock = clock_of(_0=30.0, _2=40.0)
     clock.sent(7, is_awaited=False, now=1.005)  # too late for the step of 0.98 s, in time for that of 1.01 s
