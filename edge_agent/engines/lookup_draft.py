@@ -28,7 +28,7 @@ from shared.core.siblings import Siblings
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
 
 RECYCLED = "recycled"
-MOST_GUESSED = 3  # in forwards of more rows a commit has to wait too long: no faster on any of three machines
+MOST_GUESSED = 7  # a forward of more rows takes so long that a commit would have to wait for it
 
 
 class CheckingDraft(DraftEngine, MeasurableDraft, Protocol):
