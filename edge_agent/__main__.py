@@ -19,7 +19,7 @@ from edge_agent.config import DEFAULTS, EdgeConfig, load_edge_config
 from edge_agent.display import JsonLines, Screen
 from edge_agent.engines import load_draft
 from edge_agent.setup import make_agent, make_request, make_settings
-from edge_agent.texts import PROBE_TOKENS
+from edge_agent.texts import FEWEST_TOKENS, PROBE_TOKENS
 from shared.config import ConfigError
 from shared.core.effects import Finished, Refused
 from shared.core.settings import OnDisconnect
@@ -89,7 +89,7 @@ def doctor(
         list[str] | None, typer.Option(help="A text of your own to try, instead of ours; again for more.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=16, help="Of each answer: as many as yours usually have.")
+        int, typer.Option(min=FEWEST_TOKENS, help="Of each answer: as many as yours usually have.")
     ] = PROBE_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

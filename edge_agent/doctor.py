@@ -34,7 +34,7 @@ from shared.runtimes.hub import resolve_model
 from shared.vocabulary import Vocabulary, describe_mismatch
 from shared.wire import Description
 
-_COMPARED_TOKENS = 16  # of a cloud-only or a local answer, whose tokens all take about the same time
+_COMPARED_TOKENS = FEWEST_TOKENS  # of a cloud-only or a local answer, whose tokens all take about the same time
 _WARM_UP_TEXT = "Hello."
 _WARM_UP_TOKENS = 8  # the first answer dials, and knows neither the link nor the draft's speed
 _WORTHWHILE = 1.1  # drafting pays where it is faster by this factor

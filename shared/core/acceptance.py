@@ -7,6 +7,7 @@ _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in t
 # One of them is the prior, so that each answer begins with drafts: a draft that never was right gets another chance,
 # and its engine reads the prompt, for local text.
 _DOUBTED_TOKENS = 1.0
+_YOUNG_TOKENS = 64.0
 
 
 class Acceptance:
@@ -38,6 +39,11 @@ class Acceptance:
         carried = Acceptance((self._rate * known + prior * _DOUBTED_TOKENS) / (known + _DOUBTED_TOKENS))
         carried._seen = known + _DOUBTED_TOKENS
         return carried
+
+    @property
+    def seen(self) -> float:
+        """Observations that it rests on, the prior's included; no more than `WINDOW_TOKENS`."""
+        return self._seen
 
     def observe(self, matched: int, failed: int) -> None:
         """Learn from one judged path: in a tree more than one may have failed."""
@@ -77,6 +83,11 @@ class Calibration:
     def overall(self) -> float:
         """The session's acceptance, whatever the confidence."""
         return self._overall.rate
+
+    @property
+    def is_young(self) -> bool:
+        """Whether it has seen so little that a few tokens more change much: then `refresh` should not wait."""
+        return self._overall.seen < _YOUNG_TOKENS
 
     def reach(self, confidences: Iterable[int]) -> float:
         """The probability that a whole path with these confidences is accepted."""

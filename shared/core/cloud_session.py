@@ -50,7 +50,6 @@ from shared.core.siblings import SIBLING_PRIOR
 from shared.core.tokens import TokenLog
 
 _GOODPUT_WINDOW_S = 2.0
-_YOUNG_TOKENS = 64  # in these each commit teaches so much that the drafts that are here are judged anew
 _LEAST_GOODPUT = 1.0  # tokens/s: bounds the weight of a session that has none yet
 
 
@@ -316,7 +315,7 @@ class CloudSession:
         self._held_until = None
         self._calibration.observe(judged.matched, judged.failed)
         self._sibling_calibration.observe(judged.sibling_matched, judged.sibling_failed)
-        if len(self.log) <= self.opened.prompt_len + _YOUNG_TOKENS:
+        if self._calibration.is_young:  # what is pending has more, or less, of a chance than when it came
             self._calibration.refresh()
         self._recent_tokens = self.goodput(now) * _GOODPUT_WINDOW_S + len(tokens)
         self.stepped_at = now

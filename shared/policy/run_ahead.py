@@ -27,7 +27,7 @@ _LEAST_USE = 0.0025
 _LEAST_ACCEPTANCE = 0.1  # less cannot gain a tenth, and takes all of a device's power
 _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
-_GLIMPSE_EVERY_TOKENS = 16  # of wrong drafts; the engine has so many tokens to read, at most, when the link drops
+_WRONG_SAMPLE_EVERY_TOKENS = 16  # of wrong drafts, one each; about so many has the engine to read if the link drops
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
 _SAFETY_MS = 1.5  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
@@ -55,12 +55,11 @@ class RunAhead:
         """Tokens to draft now: a few at a time, up to the depth that acceptance justifies."""
         price, most = 1.0 - self.draft_duty, self._chunk(seen)
         if seen.acceptance < _LEAST_ACCEPTANCE and not seen.was_right:
-            is_sampling = seen.settled_tokens % _GLIMPSE_EVERY_TOKENS == 0 and not seen.ahead_tokens
-            most = 1
+            is_due, most = seen.settled_tokens % _WRONG_SAMPLE_EVERY_TOKENS == 0 and not seen.ahead_tokens, 1
         else:
-            is_useful = seen.use >= max(price, _LEAST_USE)
-            is_sampling = is_useful or seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
-        if not is_sampling:
+            is_sampling = seen.settled_tokens % _SAMPLE_EVERY_TOKENS < _SAMPLE_TOKENS
+            is_due = is_sampling or seen.use >= max(price, _LEAST_USE)
+        if not is_due:
             return 0
         room = min(
             self._worthwhile(seen, max(price, _LEAST_WORTH)),

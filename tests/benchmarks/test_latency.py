@@ -1,12 +1,13 @@
 import asyncio
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from benchmarks.latency import Bench, Run, _sources
-from benchmarks.processes import BenchError
+from benchmarks.processes import BenchError, Child
 from benchmarks.prompts import Prompt
+
+from shared.testing.link_proxy import LinkProxy
 
 TEXT = list(range(20))
 
@@ -43,8 +44,8 @@ def test_acceptance_by_source_is_over_all_runs() -> None:
     }
 
 
-class Edge:
-    """An edge process that gives these answers."""
+class Edge(Child):
+    """Gives these answers, without a process."""
 
     def __init__(self, *answers: dict[str, Any]) -> None:
         self.answers = list(answers)
@@ -59,8 +60,8 @@ WHOLE = {"error": "", "provenance": ["cloud", "accepted"]}
 
 
 def bench(*answers: dict[str, Any]) -> tuple[Bench, Edge]:
-    edge, link = Edge(*answers), SimpleNamespace(port=7)
-    return Bench({"onnx": edge}, link, link, [1.0]), edge  # type: ignore[dict-item, arg-type]  # stand-ins
+    edge, link = Edge(*answers), LinkProxy("127.0.0.1", 1, port=7)  # nothing goes over it
+    return Bench({"onnx": edge}, link, link, [1.0]), edge
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])

@@ -67,6 +67,15 @@ def test_nothing_judged_leaves_the_calibration_alone() -> None:
     assert calibration.table == before
 
 
+def test_it_is_young_until_it_has_seen_more_than_it_supposed() -> None:
+    calibration = Calibration()
+    assert calibration.is_young
+    calibration.observe(bytes((255,)) * 40, bytes((10,)) * 19)  # and four before anything was seen
+    assert calibration.is_young
+    calibration.observe(bytes((255,)), b"")
+    assert not calibration.is_young
+
+
 def test_overconfident_draft_is_seen_through() -> None:
     """Says 255 and is right one time in four; says 10 and is right always."""
     calibration = Calibration()

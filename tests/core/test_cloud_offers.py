@@ -40,6 +40,15 @@ def test_drafts_that_are_here_are_judged_by_what_the_first_commits_teach() -> No
     assert offered(session).worth == pytest.approx([(overall * 4 + 3) / 7])
 
 
+def test_a_session_that_was_opened_again_far_behind_its_prompt_learns_as_fast() -> None:
+    opened = replace(OPEN, tokens=tuple(range(1, 91)), max_new_tokens=97)
+    session = session_of(opened, cached_len=89)
+    session.drafted(draft_on(session, 5, 6, 7, 8), now=0.0)
+    planned(session, most=3)
+    step(session, 5, 6, 7)
+    assert offered(session).worth == pytest.approx([((0.8 * 4 + 3) / 7 * 4 + 3) / 7])
+
+
 @pytest.mark.parametrize(
     ("self_decode", "want", "decodes"),
     [

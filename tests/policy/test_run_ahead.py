@@ -70,6 +70,7 @@ def test_verifier_bounds_the_depth() -> None:
 
 def test_drafts_that_are_of_no_use_are_drafted_as_samples_only() -> None:
     useless = replace(SEEN, use=0.002)
+    assert RunAhead().draft_tokens(replace(SEEN, acceptance=0.09, settled_tokens=64)) == 1
     drafting = [RunAhead().draft_tokens(replace(useless, settled_tokens=settled)) > 0 for settled in range(64, 192)]
     assert drafting == ([True] * 16 + [False] * 48) * 2
 
