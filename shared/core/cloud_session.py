@@ -47,24 +47,11 @@ from shared.core.policies import Decodes, Offer, Outlook
 from shared.core.rejected_path import RejectedPath
 from shared.core.settings import CloudSettings, SelfDecode
 from shared.core.siblings import SIBLING_PRIOR
+from shared.core.step_in_flight import StepInFlight
 from shared.core.tokens import TokenLog
 
 _GOODPUT_WINDOW_S = 2.0
 _LEAST_GOODPUT = 1.0  # tokens/s: bounds the weight of a session that has none yet
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step in flight: it feeds `fed` committed tokens, then the nodes; `partial`: a prefill chunk, no nodes.
-
-    `is_recycled`: the nodes are no drafts, but a guess from a rejected path.
-    """
-
-    fed: int
-    nodes: list[Node]
-    is_recycled: bool
-    partial: bool
-    queue_ms: float
 
 
 @dataclass(slots=True)
@@ -100,7 +87,7 @@ class CloudSession:
         self._forecast = Forecast(len(log), now)
         self._held_until: float | None = None  # since the last commit or draft; inf: that hold is over
         self._is_starved = False
-        self._step: _Step | None = None
+        self._step: StepInFlight | None = None
         self._offered: list[Node] = []
         self._rejected = RejectedPath()
         self._is_recycling = False  # what is offered are no drafts
@@ -190,9 +177,11 @@ class CloudSession:
         else:
             path, *branches = chains(draft)
             grafted = self._tree.graft(path)
+            stands = len(path.tokens) - grafted.stale - grafted.overflow
+            overtaken = max(min(len(self.log) - path.start, stands), 0)  # too late to be of use, but not to be judged
+            self._calibration.observe(path.confidence[:overtaken], path.confidence[stands:][: grafted.differs])
             self._calibration.refresh()  # now, not when the next step waits for its plan
             self._sibling_calibration.refresh()
-            stands = len(path.tokens) - grafted.stale - grafted.overflow
             if stands:
                 self._forecast.arrived(path.start + stands, self._held_until is not None, now)
                 self._held_until = None
@@ -278,7 +267,7 @@ class CloudSession:
             parents.append(len(fed) + node.parent.row)
             tokens.append(node.token)
         queue_ms = (now - self._ready_at) * 1000
-        self._step = _Step(len(fed), nodes, self._is_recycling, partial, queue_ms)
+        self._step = StepInFlight(len(fed), nodes, self._is_recycling, partial, queue_ms)
         return Rows(
             session_id=self.key,
             start=self.cached_len,
@@ -303,7 +292,7 @@ class CloudSession:
             self.cached_len += step.fed
             return Stepped(None, start, tuple(range(step.fed)))
         self._ready_at = now
-        accepted, tokens = self._judge(step, selected)
+        accepted, tokens = step.judge(selected, self.opened.stop_ids)
         self._rejected.judge(tokens)
         if rejected := self._tree.rejected(tokens):
             wrong = [node.token for node in rejected]
@@ -377,21 +366,6 @@ class CloudSession:
             asked_tokens=forecast.asked_tokens(length, now),
             may_ask=may_ask,
         )
-
-    def _judge(self, step: _Step, selected: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
-        """Indices of the accepted nodes, and the tokens that the step commits (up to a stop token)."""
-        accepted: list[int] = []
-        tokens, nodes = [selected[0]], step.nodes
-        node = nodes[0].parent if nodes else None  # the first one hangs on the root
-        while node is not None:
-            node = node.children.get(tokens[-1])
-            if node is None or node.row >= len(nodes) or nodes[node.row] is not node:  # it came during the step
-                break
-            accepted.append(node.row)
-            if node.token in self.opened.stop_ids:  # it ends the text, and nothing follows it
-                break
-            tokens.append(selected[1 + node.row])
-        return accepted, tuple(tokens)
 
     def _finish_of(self, last: int) -> Finish:
         if last in self.opened.stop_ids:

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from shared.core.acceptance import Acceptance
 from shared.core.cloud_session import Stepped
 from shared.core.draft_tree import Grafted
 from shared.core.effects import Rows
@@ -193,6 +194,34 @@ def test_stale_drafts_are_counted() -> None:
     session = session_of()
     session.drafted(Draft(3, 999, (5, 6)), now=0.0)
     assert session.stale_tokens == 2
+
+
+def test_drafts_that_came_too_late_are_judged_all_the_same() -> None:
+    session, chance = session_of(), Acceptance()
+    late = replace(draft_on(session, 5, 6, 7, 8), confidence=bytes((200, 200, 10, 10)))
+    for token in (5, 6, 9):
+        planned(session)
+        step(session, token)
+    session.drafted(late, now=0.0)
+    chance.observe(2, 1)  # what follows a wrong token says nothing
+    assert session.outlook(0.0) is None
+    session.acknowledged(6, 5.0, 20.0, now=0.0)
+    known = session.outlook(0.0)
+    assert known is not None
+    assert known.acceptance == chance.rate
+
+
+def test_of_a_draft_that_was_overtaken_what_is_known_is_judged() -> None:
+    session, chance = session_of(), Acceptance()
+    late = replace(draft_on(session, 5, 6, 7), confidence=bytes((200, 200, 200)))
+    planned(session)
+    step(session, 5)
+    assert session.drafted(late, now=0.0) == Grafted(2, 0, 0)
+    chance.observe(1, 0)
+    session.acknowledged(4, 5.0, 20.0, now=0.0)
+    known = session.outlook(0.0)
+    assert known is not None
+    assert known.acceptance == chance.rate
 
 
 def test_step_must_have_been_taken() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from shared.core import cloud_session, draft_path, draft_tree, edge_session, link, transcript
+from shared.core import cloud_session, draft_path, draft_tree, edge_session, link, step_in_flight, transcript
 from shared.core import effects as fx
 from shared.core.errors import ProtocolError
 from shared.core.messages import CloudMessage, Commit, Draft
@@ -17,26 +17,26 @@ Judged = tuple[list[int], tuple[int, ...]]
 
 
 def accept_one_too_many(patch: pytest.MonkeyPatch) -> None:
-    judge = cloud_session.CloudSession._judge
+    judge = step_in_flight.StepInFlight.judge
 
-    def fault(self: cloud_session.CloudSession, step: cloud_session._Step, selected: tuple[int, ...]) -> Judged:
-        accepted, tokens = judge(self, step, selected)
+    def fault(self: step_in_flight.StepInFlight, selected: tuple[int, ...], stop_ids: frozenset[int]) -> Judged:
+        accepted, tokens = judge(self, selected, stop_ids)
         following = accepted[-1] + 1 if accepted else 0
-        if following < len(step.nodes):
-            return [*accepted, following], (*tokens[:-1], step.nodes[following].token, selected[1 + following])
+        if following < len(self.nodes):
+            return [*accepted, following], (*tokens[:-1], self.nodes[following].token, selected[1 + following])
         return accepted, tokens
 
-    patch.setattr(cloud_session.CloudSession, "_judge", fault)
+    patch.setattr(step_in_flight.StepInFlight, "judge", fault)
 
 
 def forget_next_token(patch: pytest.MonkeyPatch) -> None:
-    judge = cloud_session.CloudSession._judge
+    judge = step_in_flight.StepInFlight.judge
 
-    def fault(self: cloud_session.CloudSession, step: cloud_session._Step, selected: tuple[int, ...]) -> Judged:
-        accepted, tokens = judge(self, step, selected)
+    def fault(self: step_in_flight.StepInFlight, selected: tuple[int, ...], stop_ids: frozenset[int]) -> Judged:
+        accepted, tokens = judge(self, selected, stop_ids)
         return accepted, tokens[: len(accepted) or 1]
 
-    patch.setattr(cloud_session.CloudSession, "_judge", fault)
+    patch.setattr(step_in_flight.StepInFlight, "judge", fault)
 
 
 def graft_on_any_prefix(patch: pytest.MonkeyPatch) -> None:
