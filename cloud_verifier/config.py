@@ -121,6 +121,7 @@ class CloudConfig(Section):
             session=session,
             vocabulary=engine.fingerprint,
             cache_blocks=cache_blocks,
+            step_ms=tuple(engine.cost_ms(rows) for rows in range(1, speculation.max_draft_rows + 2)),
             cache_sessions=engine.limits.cache_sessions,
             max_sessions=limits.max_sessions,
             max_active_sessions=max_active,

@@ -68,5 +68,5 @@ def _describe(target: Target, settings: TableSettings) -> Description:
         max_sessions=settings.max_sessions,
         max_pending_tokens=settings.session.max_pending_tokens,
         vocabulary_tokens=target.vocabulary.tokens[: settings.vocabulary.size],
-        step_ms=tuple(target.engine.cost_ms(rows) for rows in range(1, settings.session.max_draft_rows + 2)),
+        step_ms=settings.step_ms,
     )

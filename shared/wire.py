@@ -126,6 +126,8 @@ def cloud_to_wire(message: CloudMessage) -> pb.CloudMessage:
                 hold_tokens=message.hold_tokens,
                 is_holding=message.is_holding,
                 num_recycled=message.num_recycled,
+                step_ms=message.step_ms,
+                next_drafts=message.next_drafts,
             )
             return pb.CloudMessage(commit=commit)
         case NeedTokens():
@@ -176,8 +178,6 @@ def description_from_wire(wire: pb.Description) -> Description:
         raise RemoteProtocolError(
             f"Description has {len(wire.vocabulary_tokens)} vocabulary_tokens for a vocabulary of {vocabulary.size}"
         )
-    if not all(0 < step_ms < math.inf for step_ms in wire.step_ms):
-        raise RemoteProtocolError(f"Description.step_ms is {list(wire.step_ms)}, not durations")
     return Description(
         model=wire.model,
         vocabulary=vocabulary,
@@ -187,7 +187,7 @@ def description_from_wire(wire: pb.Description) -> Description:
         max_sessions=wire.max_sessions,
         max_pending_tokens=wire.max_pending_tokens,
         vocabulary_tokens=tuple(wire.vocabulary_tokens),
-        step_ms=tuple(wire.step_ms),
+        step_ms=_durations("Description.step_ms", wire.step_ms),
     )
 
 
@@ -340,6 +340,8 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         hold_tokens=_integer("Commit.hold_tokens", wire.hold_tokens),
         is_holding=wire.is_holding,
         num_recycled=wire.num_recycled,
+        step_ms=_durations("Commit.step_ms", wire.step_ms),
+        next_drafts=_integer("Commit.next_drafts", wire.next_drafts) if wire.HasField("next_drafts") else None,
     )
 
 
@@ -381,6 +383,13 @@ def _integer(name: str, value: int, *, minimum: int = 0, limit: int = _INT_LIMIT
     if not minimum <= value < limit:
         raise RemoteProtocolError(f"{name} is {value}, not {minimum} to {limit - 1}")
     return value
+
+
+def _durations(name: str, wire: Iterable[float]) -> tuple[float, ...]:
+    durations = tuple(wire)
+    if not all(0 < duration_ms < math.inf for duration_ms in durations):
+        raise RemoteProtocolError(f"{name} is {list(durations)}, not durations")
+    return durations
 
 
 def _enum(name: str, kind: type[_E], value: int) -> _E:

@@ -34,6 +34,7 @@ from shared.core.messages import (
     NeedTokens,
     Open,
     SessionStatus,
+    Want,
 )
 from shared.core.policies import Allotment, Offer, StepPolicy
 from shared.core.settings import TableSettings
@@ -50,6 +51,7 @@ class _Stream:
     identity: str
     heard_at: float
     session: CloudSession | None = None
+    is_told: bool = False  # what steps cost
     waiting: deque[Open | Draft | Close | None] = field(default_factory=deque)  # None: the stream was lost
 
 
@@ -174,7 +176,7 @@ class SessionTable:
             if stepped.commit is not None:
                 commit = self._asking(session, stepped.commit, now) if len(planned) == 1 else stepped.commit
                 session.asked(commit.hold_tokens, now)
-                effects.append(Send(self._stream_of[session.key], commit))
+                effects.append(self._send(session, commit))
         return effects + self._go_on(now)
 
     def failed(self, now: float) -> list[CloudEffect]:
@@ -215,7 +217,7 @@ class SessionTable:
         return min(times, default=None)
 
     def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:
-        """With the number of drafts that a coming step will wait for: its edge must know what is waited for."""
+        """With what is decided of the next steps: what one waits for, so that it is sent, and when they will begin."""
         is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
         offer = session.offer(now) if is_alone else None
         if offer is None:
@@ -224,7 +226,19 @@ class SessionTable:
         allotment = self._allot_alone(session, offer, now, may_ask=True)
         self._decided = session, allotment
         hold_tokens = max(allotment.asked_tokens - session.pending_siblings, 0)
-        return replace(commit, hold_tokens=hold_tokens, is_holding=allotment.hold_ms > 0.0)
+        if allotment.hold_ms or offer.outlook is None:  # it is not decided, or the edge does not draft yet
+            return replace(commit, hold_tokens=hold_tokens, is_holding=allotment.hold_ms > 0.0)
+        next_drafts = allotment.rows[0] - 1 if offer.worth else 0  # what is recycled is nobody's draft
+        return replace(commit, hold_tokens=hold_tokens, next_drafts=next_drafts)
+
+    def _send(self, session: CloudSession, commit: Commit) -> Send:
+        """With what steps cost, where it is the stream's first: an edge that knows aims well from the start."""
+        number = self._stream_of[session.key]
+        stream = self._streams[number]
+        if not stream.is_told and session.opened.want is Want.SPECULATE:
+            stream.is_told = True
+            commit = replace(commit, step_ms=self._settings.step_ms)
+        return Send(number, commit)
 
     def _allot_alone(self, session: CloudSession, offer: Offer, now: float, *, may_ask: bool) -> Allotment:
         offer.outlook = session.outlook(now, may_ask=may_ask)

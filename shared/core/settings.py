@@ -102,12 +102,14 @@ class TableSettings:
 
     `cache_blocks` and `cache_sessions` are what the engine's cache takes; a session that has been served within
     `residency_ms` and has more to do is not evicted from it. `max_active_sessions` bounds those that have something to
-    do, `max_pending_in_all` the draft tokens held for all sessions together.
+    do, `max_pending_in_all` the draft tokens held for all sessions together. `step_ms[i]` is how long a step of i + 1
+    rows of one session is expected to take, as far as there are any; edges are told.
     """
 
     session: CloudSettings
     vocabulary: Fingerprint
     cache_blocks: int
+    step_ms: tuple[float, ...] = ()
     cache_sessions: int = 1 << 20
     max_sessions: int = 256
     max_active_sessions: int = 1 << 20

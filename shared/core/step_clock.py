@@ -4,6 +4,9 @@ The verifier takes drafts in only between two steps, and each commit is sent at 
 its steps are played through: each takes as long as the last one with as many drafts did, begins with what had landed
 by then, and is taken to accept it all (where it does not, what is sent now is of no use anyway).
 
+How long a step takes of which none has had a like yet, and how many drafts the next one takes, the verifier says
+itself (`Commit.step_ms`, `Commit.next_drafts`).
+
 A moment here is when a message would have to be sent to land at it: half a round trip before the verifier's own time.
 Times are seconds on the caller's clock, durations milliseconds.
 """
@@ -38,7 +41,7 @@ class StepClock:
     """What was sent when, and how long steps take."""
 
     __slots__ = (
-        "_began", "_committed_at", "_is_awaited", "_is_opening", "_sent", "_step_ms",
+        "_began", "_committed_at", "_curve_ms", "_is_awaited", "_is_opening", "_next_drafts", "_sent", "_step_ms",
         "credit", "error_ms", "interval_ms",
     )  # fmt: skip
 
@@ -49,6 +52,8 @@ class StepClock:
         self._began = self._committed_at = 0.0
         self._is_awaited = False  # the step that goes on had waited for our message
         self._is_opening = False  # the next commit's step reads a prompt, too
+        self._curve_ms: tuple[float, ...] = ()  # of a step by its drafts, as the verifier expects it; only its shape
+        self._next_drafts: int | None = None  # of the step that goes on, where the verifier said so
         self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
         self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
 
@@ -58,6 +63,8 @@ class StepClock:
         If it waits for drafts up to `awaited_len` (0: for none), it begins when these land, in case they were sent.
         What a step waits for other than these is part of it.
         """
+        self._curve_ms = commit.step_ms or self._curve_ms
+        self._next_drafts = commit.next_drafts
         if not self._is_opening:
             self._learn(commit)
         self._is_opening = False
@@ -73,6 +80,7 @@ class StepClock:
     def opened(self) -> None:
         """The session was opened, maybe not for the first time: how long its first step takes is no use for others."""
         self._is_opening = True
+        self._next_drafts = None
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
@@ -96,13 +104,15 @@ class StepClock:
     def next_step(self, committed_len: int, sent_len: int, now: float) -> NextStep:
         """The next one that a message sent now would be in time for."""
         began, length, step_ms, durations = self._began, committed_len, 0.0, self._step_ms
-        landing, landed, most = iter(self._sent), 0, max(durations, default=0)
+        landing, landed, most = iter(self._sent), 0, max(len(self._curve_ms) - 1, max(durations, default=0))
         sent_at, end = next(landing)
-        for _ in range(_MOST_STEPS if durations else 0):
+        told = self._next_drafts
+        for _ in range(_MOST_STEPS if durations or self._curve_ms else 0):
             while sent_at <= began:
                 landed = max(landed, end)
                 sent_at, end = next(landing, (inf, 0))
-            drafts = 0 if landed <= length else min(landed - length, most)
+            drafts = told if told is not None else min(max(landed - length, 0), most)
+            told = None
             step_ms = durations[drafts] if drafts in durations else self._expected_ms(drafts)
             began += step_ms / 1000
             length += drafts + 1
@@ -117,7 +127,16 @@ class StepClock:
         self._step_ms[commit.num_drafted] = step_ms
 
     def _expected_ms(self, drafts: int) -> float:
-        """Of a step with so many drafts, where none had as many yet: as the one with the most below that."""
+        """Of a step with so many drafts, where none had as many yet: by the one with the most below that.
+
+        They are as different as the verifier's own curve has them; where it is not known, they are alike.
+        """
         durations = self._step_ms
+        if not durations:
+            return self._curve(drafts)
         fewer = [count for count in durations if count <= drafts]
-        return durations[max(fewer) if fewer else min(durations)]
+        like = max(fewer) if fewer else min(durations)
+        return durations[like] * (self._curve(drafts) / self._curve(like) if self._curve_ms else 1.0)
+
+    def _curve(self, drafts: int) -> float:
+        return self._curve_ms[min(drafts, len(self._curve_ms) - 1)]

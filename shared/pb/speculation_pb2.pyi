@@ -155,7 +155,7 @@ class Close(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding", "num_recycled")
+    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding", "num_recycled", "step_ms", "next_drafts")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,8 @@ class Commit(_message.Message):
     HOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_HOLDING_FIELD_NUMBER: _ClassVar[int]
     NUM_RECYCLED_FIELD_NUMBER: _ClassVar[int]
+    STEP_MS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     start: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     num_drafted: int
@@ -178,7 +180,9 @@ class Commit(_message.Message):
     hold_tokens: int
     is_holding: bool
     num_recycled: int
-    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ..., num_recycled: _Optional[int] = ...) -> None: ...
+    step_ms: _containers.RepeatedScalarFieldContainer[float]
+    next_drafts: int
+    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ..., num_recycled: _Optional[int] = ..., step_ms: _Optional[_Iterable[float]] = ..., next_drafts: _Optional[int] = ...) -> None: ...
 
 class NeedTokens(_message.Message):
     __slots__ = ()

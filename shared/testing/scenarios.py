@@ -91,6 +91,7 @@ def play(seed: int) -> Outcome:
         cloud,
         TOY_VOCABULARY,
         cache_blocks=target.blocks.num_blocks,
+        step_ms=tuple(target.cost_ms(rows) for rows in range(1, cloud.max_draft_rows + 2)),
         max_sessions=sessions,
         share_across_identities=random.random() < 0.5,
         idle_timeout_ms=2_500.0,

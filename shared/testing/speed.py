@@ -15,6 +15,7 @@ from random import Random
 
 from shared import wire
 from shared.core import effects as fx
+from shared.core.draft_path import Learnt
 from shared.core.edge_session import EdgeSession
 from shared.core.messages import CloudMessage, Commit, EdgeMessage, Want
 from shared.core.policies import DraftPolicy, StepPolicy
@@ -44,19 +45,29 @@ class Script:
     def of_acceptance(cls, acceptance: float, length: int, seed: int) -> "Script":
         """Drafts that are right with one probability at every position; with one seed, more often at a higher one."""
         random = Random(seed)
-        tokens = [1 + index % 997 for index in range(length)]
-        drafts = [token if random.random() < acceptance else WRONG for token in tokens]
-        return cls(tokens, drafts, [0.8] * length)
+        return cls.of_drafts([random.random() < acceptance for _ in range(length)], [0.8] * length)
+
+    @classmethod
+    def of_drafts(cls, is_right: Sequence[bool], confidences: Sequence[float]) -> "Script":
+        """Drafts that are right where it says so."""
+        tokens = [1 + index % 997 for index in range(len(is_right))]
+        drafts = [token if right else WRONG for token, right in zip(tokens, is_right, strict=True)]
+        return cls(tokens, drafts, confidences)
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What takes how long: a drafted token, a round trip, a forward by its rows. `rate` of the uplink in bytes/ms."""
+    """What takes how long: a drafted token, a round trip, a forward by its rows. `rate` of the uplink in bytes/ms.
+
+    Reading the prompt takes the edge and the verifier so much on top of the first draft and the first step.
+    """
 
     draft_ms: float
     rtt_ms: float
     cost_ms: Sequence[float]
     rate: float = inf
+    edge_prompt_ms: float = 0.0
+    cloud_prompt_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,7 @@ class TimedPair:
         step_policy: StepPolicy,
         cloud: CloudSettings | None = None,
         want: Want = Want.SPECULATE,
+        learnt: Learnt | None = None,
     ) -> None:
         self.now = 0.0
         self._situation = situation
@@ -101,8 +113,9 @@ class TimedPair:
         length = len(script.tokens) - MARGIN
         request = Request("s", PROMPT, length, TOY_VOCABULARY, want=want)
         cloud = cloud or CloudSettings(context_length=1 << 20)
-        settings = TableSettings(cloud, TOY_VOCABULARY, cache_blocks=1 << 12)
-        self.edge = EdgeSession(request, EdgeSettings(), draft_policy)
+        step_ms = tuple(situation.cost_ms[1 : cloud.max_draft_rows + 2])
+        settings = TableSettings(cloud, TOY_VOCABULARY, cache_blocks=1 << 12, step_ms=step_ms)
+        self.edge = EdgeSession(request, EdgeSettings(), draft_policy, learnt)
         self.table = SessionTable(settings, step_policy)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
@@ -159,6 +172,8 @@ class TimedPair:
             self._is_drafting = True
             feed = min(len(draft.feed), draft.n)
             took_ms = self._situation.draft_ms * (draft.n + FEED_SHARE * feed)
+            if draft.start == len(draft.feed):  # nothing was read before
+                took_ms += self._situation.edge_prompt_ms
             self._course.drafted += draft.n
             self._at(self.now + took_ms / 1000, partial(self._drafted, draft))
         wakes_at = self.edge.wake_at()
@@ -206,6 +221,8 @@ class TimedPair:
             if batch:
                 (rows,) = batch
                 took_ms = self._situation.cost_ms[len(rows.tokens)]
+                if not rows.start:
+                    took_ms += self._situation.cloud_prompt_ms
                 first = rows.start + rows.first_selected + 1 - len(PROMPT)
                 selected = tuple(self._script.tokens[first : rows.start + len(rows.tokens) + 1 - len(PROMPT)])
                 self._at(self.now + took_ms / 1000, lambda: self._stepped(selected, took_ms))

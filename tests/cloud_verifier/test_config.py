@@ -28,7 +28,7 @@ def test_the_defaults_are_those_of_the_core() -> None:
         settings(),
         TableSettings(CloudSettings(2048), TOY_VOCABULARY, cache_blocks=4096, max_active_sessions=256),
     )
-    assert made == core
+    assert made == replace(core, step_ms=tuple(30.0 + rows for rows in range(1, 18)))  # the toy target's own
     speculation = load().speculation
     policy = signature(BestRate).parameters
     assert policy["prefill_chunk_tokens"].default == speculation.prefill_chunk_tokens
@@ -53,6 +53,7 @@ def test_limits_reach_the_core() -> None:
         CloudSettings(512, SelfDecode.OFF, max_draft_rows=5, max_pending_tokens=33, window_tokens=9),
         TOY_VOCABULARY,
         cache_blocks=4096,
+        step_ms=(31.0, 32.0, 33.0, 34.0, 35.0, 36.0),
         max_sessions=3,
         max_active_sessions=3,
         max_pending_in_all=77,

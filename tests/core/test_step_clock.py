@@ -52,6 +52,32 @@ def test_rarest_step_counts_where_none_had_as_few_drafts() -> None:
     assert clock_of(_4=50.0).next_step(5, 5, now=1.0).step_ms == 50.0
 
 
+def test_what_steps_cost_is_told_until_it_is_seen() -> None:
+    clock = StepClock()
+    clock.opened()
+    clock.committed(Commit(5, (9,), verify_ms=755.0, step_ms=(30.0, 40.0, 60.0)), 0, rtt_ms=20.0, now=1.0)
+    clock.sent(7, is_awaited=False, now=0.97)
+    assert next_of(clock, 6, 7, now=1.0) == (20.0, 40.0, 0)
+    assert next_of(clock, 5, 7, now=1.0) == (40.0, 60.0, 0)
+    assert next_of(clock, 4, 7, now=1.0) == (40.0, 60.0, 0)  # no step takes more than it says how long it would last
+    committed(clock, 1, 80.0, now=1.1)  # twice as long: beside other sessions, say
+    assert next_of(clock, 7, 7, now=1.1) == (40.0, 60.0, 0)
+    clock.sent(9, is_awaited=False, now=1.07)
+    assert next_of(clock, 7, 9, now=1.1) == (100.0, 120.0, 0)
+
+
+def test_the_verifier_says_how_many_drafts_its_next_step_takes() -> None:
+    clock = StepClock()
+    clock.opened()
+    clock.sent(9, is_awaited=False, now=0.9)
+    told = Commit(4, (9,), next_drafts=1, step_ms=(30.0, 40.0, 50.0, 60.0, 70.0))
+    clock.committed(told, 0, rtt_ms=20.0, now=1.0)
+    assert next_of(clock, 5, 9, now=1.0) == (20.0, 40.0, 2)
+    assert next_of(clock, 5, 9, now=1.03) == (40.0, 50.0, 0)  # the one behind it takes the others
+    clock.opened()
+    assert next_of(clock, 5, 9, now=1.0) == (50.0, 70.0, 0)
+
+
 def test_the_step_that_reads_a_prompt_says_nothing_of_others() -> None:
     clock = StepClock()
     clock.opened()
