@@ -24,7 +24,8 @@ SLOW_RATE = 8.0  # bytes/ms, 64 kbit/s: tokens take half a millisecond, and each
 _MAX_ROWS = 64
 
 
-def _interpolated(points: Sequence[tuple[int, float]]) -> tuple[float, ...]:
+def interpolated(points: Sequence[tuple[int, float]]) -> tuple[float, ...]:
+    """A cost curve through these (rows, ms), up to `_MAX_ROWS` rows."""
     costs = [0.0]
     for rows in range(1, _MAX_ROWS + 1):
         right = next((index for index, (at, _) in enumerate(points) if at >= rows), len(points) - 1)
@@ -34,8 +35,8 @@ def _interpolated(points: Sequence[tuple[int, float]]) -> tuple[float, ...]:
 
 
 CURVES = {
-    "flat": _interpolated([(1, 30.0), (2, 30.9)]),  # a GPU
-    "steep": _interpolated([(1, 14.0), (2, 29.0), (4, 37.0), (8, 45.0), (16, 61.0)]),  # llama.cpp on a CPU
+    "flat": interpolated([(1, 30.0), (2, 30.9)]),  # a GPU
+    "steep": interpolated([(1, 14.0), (2, 29.0), (4, 37.0), (8, 45.0), (16, 61.0)]),  # llama.cpp on a CPU
 }
 
 
