@@ -127,7 +127,7 @@ def cloud_to_wire(message: CloudMessage) -> pb.CloudMessage:
                 is_holding=message.is_holding,
                 num_recycled=message.num_recycled,
                 step_ms=message.step_ms,
-                next_drafts=message.next_drafts,
+                next_rows=message.next_rows,
             )
             return pb.CloudMessage(commit=commit)
         case NeedTokens():
@@ -341,7 +341,7 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         is_holding=wire.is_holding,
         num_recycled=wire.num_recycled,
         step_ms=_durations("Commit.step_ms", wire.step_ms),
-        next_drafts=_integer("Commit.next_drafts", wire.next_drafts) if wire.HasField("next_drafts") else None,
+        next_rows=_integer("Commit.next_rows", wire.next_rows) if wire.HasField("next_rows") else None,
     )
 
 

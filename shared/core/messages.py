@@ -137,9 +137,9 @@ class Commit:
     `num_drafted` draft tokens were evaluated in this step. Where there were none, `num_recycled` tokens before the
     next_token were guessed by the verifier itself, from a rejected path. `max_ahead` is how many tokens beyond
     `committed_len` the verifier is willing to hold pending; for the first `hold_tokens` of them a coming step waits for
-    a time, which is the next one if the verifier `is_holding`. Else, where it is decided, that one begins with
-    `next_drafts`. The first commit of a stream says what steps cost: `step_ms[i]` is the expected time of one with i
-    drafts, alone.
+    a time, which is the next one if the verifier `is_holding`. Else, where it is decided, that one has
+    `next_rows` beside the last token's: drafts, or where there are none, maybe recycled ones. The first commit of a
+    stream says what steps cost: `step_ms[i]` is the expected time of one with i such rows, alone.
     """
 
     start: int
@@ -153,7 +153,7 @@ class Commit:
     hold_tokens: int = 0
     is_holding: bool = False
     num_recycled: int = 0
-    next_drafts: int | None = None
+    next_rows: int | None = None
     step_ms: tuple[float, ...] = ()
 
 

@@ -228,8 +228,7 @@ class SessionTable:
         hold_tokens = max(allotment.asked_tokens - session.pending_siblings, 0)
         if allotment.hold_ms or offer.outlook is None:  # it is not decided, or the edge does not draft yet
             return replace(commit, hold_tokens=hold_tokens, is_holding=allotment.hold_ms > 0.0)
-        next_drafts = allotment.rows[0] - 1 if offer.worth else 0  # what is recycled is nobody's draft
-        return replace(commit, hold_tokens=hold_tokens, next_drafts=next_drafts)
+        return replace(commit, hold_tokens=hold_tokens, next_rows=allotment.rows[0] - 1)
 
     def _send(self, session: CloudSession, commit: Commit) -> Send:
         """With what steps cost, where it is the stream's first: an edge that knows aims well from the start."""

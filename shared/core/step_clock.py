@@ -1,11 +1,12 @@
 """The edge's picture of the verifier's steps: when the next one begins for which a message would be in time.
 
 The verifier takes drafts in only between two steps, and each commit is sent at such a moment. From the last commit on,
-its steps are played through: each takes as long as the last one with as many drafts did, begins with what had landed
+its steps are played through: each takes as long as the last one with as many rows did, begins with what had landed
 by then, and is taken to accept it all (where it does not, what is sent now is of no use anyway).
 
-How long a step takes of which none has had a like yet, and how many drafts the next one takes, the verifier says
-itself (`Commit.step_ms`, `Commit.next_drafts`).
+How many rows the next step has, and what a step takes that never had a like, the verifier says itself
+(`Commit.next_rows`, `Commit.step_ms`). Rows are counted beside the last token's: drafts, or where a step has none, maybe
+what the verifier has guessed.
 
 A moment here is when a message would have to be sent to land at it: half a round trip before the verifier's own time.
 Times are seconds on the caller's clock, durations milliseconds.
@@ -41,7 +42,7 @@ class StepClock:
     """What was sent when, and how long steps take."""
 
     __slots__ = (
-        "_began", "_committed_at", "_curve_ms", "_is_awaited", "_is_opening", "_next_drafts", "_sent", "_step_ms",
+        "_began", "_committed_at", "_curve_ms", "_is_awaited", "_is_opening", "_next_rows", "_sent", "_step_ms",
         "credit", "error_ms", "interval_ms",
     )  # fmt: skip
 
@@ -52,9 +53,9 @@ class StepClock:
         self._began = self._committed_at = 0.0
         self._is_awaited = False  # the step that goes on had waited for our message
         self._is_opening = False  # the next commit's step reads a prompt, too
-        self._curve_ms: tuple[float, ...] = ()  # of a step by its drafts, as the verifier expects it; only its shape
-        self._next_drafts: int | None = None  # of the step that goes on, where the verifier said so
-        self._step_ms: dict[int, float] = {}  # of the last step with so many drafts
+        self._curve_ms: tuple[float, ...] = ()  # of a step by its rows, as the verifier expects it: only its shape counts
+        self._next_rows: int | None = None  # of the step that goes on, where the verifier said so
+        self._step_ms: dict[int, float] = {}  # of the last step with so many rows
         self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
 
     def committed(self, commit: Commit, awaited_len: int, rtt_ms: float, now: float) -> None:
@@ -64,10 +65,9 @@ class StepClock:
         What a step waits for other than these is part of it.
         """
         self._curve_ms = commit.step_ms or self._curve_ms
-        self._next_drafts = commit.next_drafts
         if not self._is_opening:
             self._learn(commit)
-        self._is_opening = False
+        self._is_opening, self._next_rows = False, commit.next_rows
         since_ms = (now - self._committed_at) * 1000
         self.credit = min(self.credit + min(since_ms / _LEAST_INTERVAL_MS, _MESSAGES_PER_STEP), BURST_MESSAGES)
         if self._committed_at:
@@ -80,7 +80,7 @@ class StepClock:
     def opened(self) -> None:
         """The session was opened, maybe not for the first time: how long its first step takes is no use for others."""
         self._is_opening = True
-        self._next_drafts = None
+        self._next_rows = None
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
@@ -106,14 +106,15 @@ class StepClock:
         began, length, step_ms, durations = self._began, committed_len, 0.0, self._step_ms
         landing, landed, most = iter(self._sent), 0, max(len(self._curve_ms) - 1, max(durations, default=0))
         sent_at, end = next(landing)
-        told = self._next_drafts
+        told_rows = self._next_rows
         for _ in range(_MOST_STEPS if durations or self._curve_ms else 0):
             while sent_at <= began:
                 landed = max(landed, end)
                 sent_at, end = next(landing, (inf, 0))
-            drafts = told if told is not None else min(max(landed - length, 0), most)
-            told = None
-            step_ms = durations[drafts] if drafts in durations else self._expected_ms(drafts)
+            rows = drafts = min(max(landed - length, 0), most)
+            if told_rows is not None:
+                rows, drafts, told_rows = told_rows, min(told_rows, drafts), None
+            step_ms = durations[rows] if rows in durations else self._expected_ms(rows)
             began += step_ms / 1000
             length += drafts + 1
             if began > now:
@@ -122,21 +123,22 @@ class StepClock:
 
     def _learn(self, commit: Commit) -> None:
         step_ms = commit.verify_ms + (0.0 if self._is_awaited else commit.queue_ms)
-        error_ms = abs(step_ms - self._step_ms.get(commit.num_drafted, step_ms))
+        rows = commit.num_drafted or self._next_rows or 0  # without drafts they were the verifier's own guesses
+        error_ms = abs(step_ms - self._step_ms.get(rows, step_ms))
         self.error_ms += _GAIN * (error_ms - self.error_ms)
-        self._step_ms[commit.num_drafted] = step_ms
+        self._step_ms[rows] = step_ms
 
-    def _expected_ms(self, drafts: int) -> float:
-        """Of a step with so many drafts, where none had as many yet: by the one with the most below that.
+    def _expected_ms(self, rows: int) -> float:
+        """Of a step with so many rows, where none had as many yet: by the one with the most below that.
 
         They are as different as the verifier's own curve has them; where it is not known, they are alike.
         """
         durations = self._step_ms
         if not durations:
-            return self._curve(drafts)
-        fewer = [count for count in durations if count <= drafts]
+            return self._curve(rows)
+        fewer = [count for count in durations if count <= rows]
         like = max(fewer) if fewer else min(durations)
-        return durations[like] * (self._curve(drafts) / self._curve(like) if self._curve_ms else 1.0)
+        return durations[like] * (self._curve(rows) / self._curve(like) if self._curve_ms else 1.0)
 
-    def _curve(self, drafts: int) -> float:
-        return self._curve_ms[min(drafts, len(self._curve_ms) - 1)]
+    def _curve(self, rows: int) -> float:
+        return self._curve_ms[min(rows, len(self._curve_ms) - 1)]

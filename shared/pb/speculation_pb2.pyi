@@ -155,7 +155,7 @@ class Close(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding", "num_recycled", "step_ms", "next_drafts")
+    __slots__ = ("start", "tokens", "num_drafted", "num_accepted", "finish", "queue_ms", "verify_ms", "max_ahead", "hold_tokens", "is_holding", "num_recycled", "step_ms", "next_rows")
     START_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_FIELD_NUMBER: _ClassVar[int]
@@ -168,7 +168,7 @@ class Commit(_message.Message):
     IS_HOLDING_FIELD_NUMBER: _ClassVar[int]
     NUM_RECYCLED_FIELD_NUMBER: _ClassVar[int]
     STEP_MS_FIELD_NUMBER: _ClassVar[int]
-    NEXT_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_ROWS_FIELD_NUMBER: _ClassVar[int]
     start: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     num_drafted: int
@@ -181,8 +181,8 @@ class Commit(_message.Message):
     is_holding: bool
     num_recycled: int
     step_ms: _containers.RepeatedScalarFieldContainer[float]
-    next_drafts: int
-    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ..., num_recycled: _Optional[int] = ..., step_ms: _Optional[_Iterable[float]] = ..., next_drafts: _Optional[int] = ...) -> None: ...
+    next_rows: int
+    def __init__(self, start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., num_drafted: _Optional[int] = ..., num_accepted: _Optional[int] = ..., finish: _Optional[_Union[Finish, str]] = ..., queue_ms: _Optional[int] = ..., verify_ms: _Optional[int] = ..., max_ahead: _Optional[int] = ..., hold_tokens: _Optional[int] = ..., is_holding: bool = ..., num_recycled: _Optional[int] = ..., step_ms: _Optional[_Iterable[float]] = ..., next_rows: _Optional[int] = ...) -> None: ...
 
 class NeedTokens(_message.Message):
     __slots__ = ()

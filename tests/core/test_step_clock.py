@@ -66,11 +66,21 @@ def test_what_steps_cost_is_told_until_it_is_seen() -> None:
     assert next_of(clock, 7, 9, now=1.1) == (100.0, 120.0, 0)
 
 
+def test_a_step_of_what_the_verifier_guessed_says_nothing_of_one_without() -> None:
+    clock = clock_of(_0=30.0)
+    clock.committed(Commit(5, (9,), verify_ms=30.0, next_rows=2), 0, rtt_ms=20.0, now=1.1)
+    assert next_of(clock, 6, 6, now=1.1) == (10.0, 30.0, 0)
+    committed(clock, 0, 36.0, now=1.2)
+    assert next_of(clock, 7, 7, now=1.2) == (10.0, 30.0, 0)
+    clock.committed(Commit(7, (9,), verify_ms=30.0, next_rows=2), 0, rtt_ms=20.0, now=1.3)
+    assert next_of(clock, 8, 8, now=1.3) == (16.0, 36.0, 0)
+
+
 def test_the_verifier_says_how_many_drafts_its_next_step_takes() -> None:
     clock = StepClock()
     clock.opened()
     clock.sent(9, is_awaited=False, now=0.9)
-    told = Commit(4, (9,), next_drafts=1, step_ms=(30.0, 40.0, 50.0, 60.0, 70.0))
+    told = Commit(4, (9,), next_rows=1, step_ms=(30.0, 40.0, 50.0, 60.0, 70.0))
     clock.committed(told, 0, rtt_ms=20.0, now=1.0)
     assert next_of(clock, 5, 9, now=1.0) == (20.0, 40.0, 2)
     assert next_of(clock, 5, 9, now=1.03) == (40.0, 50.0, 0)  # the one behind it takes the others

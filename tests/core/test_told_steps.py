@@ -31,7 +31,7 @@ def test_an_edge_alone_is_told_how_many_drafts_the_next_step_takes() -> None:
     table.plan(0.0)
     table.receive(1, Heartbeat(1, 3, draft_ms=5.0, rtt_ms=10.0), now=0.0)
     table.receive(1, Draft(3, TokenLog(OPEN.tokens).hash_at(3), (7, 8, 9)), now=0.0)
-    assert [commit.next_drafts for commit in sent(table.stepped([(7,)], 1.0, now=0.0))] == [2]
-    assert [commit.next_drafts for commit in sent(step(table, 8, 9, 5))] == [0]
+    assert [commit.next_rows for commit in sent(table.stepped([(7,)], 1.0, now=0.0))] == [2]
+    assert [commit.next_rows for commit in sent(step(table, 8, 9, 5))] == [0]
     opened(table, 2, replace(OPEN, session_id="t"))
-    assert [commit.next_drafts for commit in sent(step(table, 6))] == [None, None]  # who else is in it is not known yet
+    assert [commit.next_rows for commit in sent(step(table, 6))] == [None, None]  # who else is in it is not known yet

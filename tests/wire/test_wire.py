@@ -118,7 +118,7 @@ def commits(draw: st.DrawFn) -> Commit:
         hold_tokens=draw(INT),
         is_holding=draw(st.booleans()),
         num_recycled=draw(st.integers(0, 0 if num_drafted else len(tokens))),
-        next_drafts=draw(st.none() | INT),
+        next_rows=draw(st.none() | INT),
         step_ms=tuple(draw(st.lists(FLOAT32.filter(bool), max_size=3))),
     )
 
@@ -335,7 +335,7 @@ def test_malformed_edge_message_is_refused(message: pb.Open | pb.Draft | pb.Hear
         (pb.Commit(num_drafted=2**31), "num_drafted"),
         (pb.Commit(max_ahead=2**31), "max_ahead"),
         (pb.Commit(hold_tokens=2**31), "hold_tokens"),
-        (pb.Commit(next_drafts=2**31), "next_drafts"),
+        (pb.Commit(next_rows=2**31), "next_rows"),
         (pb.Commit(step_ms=[30.0, -1.0]), r"Commit.step_ms is \[30.0, -1.0\], not durations"),
         (pb.CloudMessage.FromString(b"\x0a\x02\x28\x07").commit, "finish is 7"),
         (pb.Heartbeat(draft_ms=math.inf), "draft_ms"),
