@@ -5,8 +5,8 @@ its steps are played through: each takes as long as the last one with as many ro
 by then, and is taken to accept it all (where it does not, what is sent now is of no use anyway).
 
 How many rows the next step has, and what a step takes that never had a like, the verifier says itself
-(`Commit.next_rows`, `Commit.step_ms`). Rows are counted beside the last token's: drafts, or where a step has none, maybe
-what the verifier has guessed.
+(`Commit.next_rows`, `Commit.step_ms`). Rows are counted beside the last token's: drafts, or where a step has none,
+maybe what the verifier has guessed.
 
 A moment here is when a message would have to be sent to land at it: half a round trip before the verifier's own time.
 Times are seconds on the caller's clock, durations milliseconds.
@@ -53,7 +53,7 @@ class StepClock:
         self._began = self._committed_at = 0.0
         self._is_awaited = False  # the step that goes on had waited for our message
         self._is_opening = False  # the next commit's step reads a prompt, too
-        self._curve_ms: tuple[float, ...] = ()  # of a step by its rows, as the verifier expects it: only its shape counts
+        self._curve_ms: tuple[float, ...] = ()  # of a step by its rows, as expected by the verifier: its shape
         self._next_rows: int | None = None  # of the step that goes on, where the verifier said so
         self._step_ms: dict[int, float] = {}  # of the last step with so many rows
         self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
