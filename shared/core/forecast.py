@@ -89,6 +89,8 @@ class Forecast:
         """Tokens up to `length` are committed; `is_break`: pending drafts differed."""
         if self._commits:
             self._step_ms = (now - self._commits[-1][1]) * 1000
+        else:  # while the prompt was read the edge had no cause to send more: that is no silence
+            self._known_at = max(self._known_at, now - self.draft_ms / 1000)
         self._commits.append((length, now))
         self._late_ms *= _FADING
         answered_at = now + self.answer_ms / 1000

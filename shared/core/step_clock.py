@@ -113,7 +113,7 @@ class StepClock:
                 sent_at, end = next(landing, (inf, 0))
             rows = drafts = min(max(landed - length, 0), most)
             if told_rows is not None:
-                rows, drafts, told_rows = told_rows, min(told_rows, drafts), None
+                rows, told_rows = told_rows, None
             step_ms = durations[rows] if rows in durations else self._expected_ms(rows)
             began += step_ms / 1000
             length += drafts + 1

@@ -122,3 +122,15 @@ def test_what_is_overdue_for_a_step_may_be_so_for_as_long_again() -> None:
     assert forecast.next_ms(14, now=1.06) == 0.0  # 15 ms overdue, the last step took 60
     forecast.committed(13, is_break=False, now=1.09)
     assert forecast.next_ms(14, now=1.09) == pytest.approx(45 - 30)
+
+
+def test_an_edge_that_had_nothing_to_send_while_the_prompt_was_read_is_not_overdue() -> None:
+    forecast = forecast_of()
+    forecast.arrived(30, was_awaited=False, now=1.1)
+    assert forecast.next_ms(30, now=4.1) == pytest.approx(2995.0)
+    forecast.committed(20, is_break=False, now=4.1)
+    assert [forecast.next_ms(length, now=4.1) for length in (30, 31)] == pytest.approx([0.0, 5.0])
+    fresh = forecast_of()
+    fresh.arrived(30, was_awaited=False, now=4.099)
+    fresh.committed(20, is_break=False, now=4.1)
+    assert fresh.next_ms(30, now=4.1) == pytest.approx(4.0)

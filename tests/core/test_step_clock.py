@@ -82,8 +82,8 @@ def test_the_verifier_says_how_many_drafts_its_next_step_takes() -> None:
     clock.sent(9, is_awaited=False, now=0.9)
     told = Commit(4, (9,), next_rows=1, step_ms=(30.0, 40.0, 50.0, 60.0, 70.0))
     clock.committed(told, 0, rtt_ms=20.0, now=1.0)
-    assert next_of(clock, 5, 9, now=1.0) == (20.0, 40.0, 2)
-    assert next_of(clock, 5, 9, now=1.03) == (40.0, 50.0, 0)  # the one behind it takes the others
+    assert next_of(clock, 5, 9, now=1.0) == (20.0, 40.0, 0)  # four are there; the others will not be of use
+    assert next_of(clock, 5, 9, now=1.03) == (20.0, 30.0, 0)
     clock.opened()
     assert next_of(clock, 5, 9, now=1.0) == (50.0, 70.0, 0)
 
