@@ -108,12 +108,11 @@ def _script(recording: Recording, draft: str, stream: int, length: int) -> Scrip
 
 
 def _measured(situation: Situation, script: Script) -> Measured:
-    is_right = [token == draft for token, draft in zip(script.tokens, script.drafts, strict=True)]
     one_way_ms = situation.rtt_ms / 2
     edge_ms = situation.edge_prompt_ms + situation.draft_ms
     cloud_ms = situation.cloud_prompt_ms + situation.cost_ms[1]
     return Measured(
-        right=is_right[:-MARGIN],
+        right=script.is_right[:-MARGIN],
         draft_ms=situation.draft_ms,
         cost_ms=lambda rows: situation.cost_ms[rows],
         up_ms=one_way_ms,

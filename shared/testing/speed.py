@@ -54,6 +54,11 @@ class Script:
         drafts = [token if right else WRONG for token, right in zip(tokens, is_right, strict=True)]
         return cls(tokens, drafts, confidences)
 
+    @property
+    def is_right(self) -> list[bool]:
+        """Where the draft proposes what the target says."""
+        return [token == draft for token, draft in zip(self.tokens, self.drafts, strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:

@@ -94,5 +94,4 @@ def compare(
     script = Script.of_acceptance(cell.acceptance, warm_up_tokens + tokens + MARGIN, seed)
     step_policy = BestRate(lambda rows: situation.cost_ms[rows], _MAX_ROWS)
     ours = TimedPair(situation, script, policy or RunAhead(), step_policy).run(warm_up_tokens)
-    is_right = [token == draft for token, draft in zip(script.tokens, script.drafts, strict=True)]
-    return Compared(cell, ours, best_reachable(situation, is_right, warm_up_tokens))
+    return Compared(cell, ours, best_reachable(situation, script.is_right, warm_up_tokens))
