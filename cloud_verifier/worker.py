@@ -17,8 +17,8 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -30,6 +30,7 @@ from shared.core.policies import StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import TableSettings
 from shared.engine import TargetEngine
+from shared.engine_thread import EngineThread
 from shared.metrics import StepReport, VerifierMetrics
 
 _SHORTEST_SLEEP_S = 0.001  # event loops fire up to a clock tick early; then it is not due yet
@@ -91,7 +92,7 @@ class Worker:
         self._num_evicted = 0  # as far as counted
         self._idle_since: float | None = None  # when the last forward ended; None once the worker has slept
         self._uncounted: StepReport | None = None  # counting waits until the next forward runs
-        self._thread = ThreadPoolExecutor(1, "engine")
+        self._thread = EngineThread("engine")
 
     def __repr__(self) -> str:
         return f"<Worker {self._table!r}>"
@@ -151,7 +152,7 @@ class Worker:
         """End every stream and free the thread; `run` must have been cancelled."""
         for outbox in self._outboxes.values():
             outbox.end()
-        await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._thread.close)
 
     async def _serve_once(self) -> None:
         """One step, or one sleep if there is nothing to do."""
@@ -180,7 +181,7 @@ class Worker:
             effect.session_id for effect in effects if isinstance(effect, Share)
         }
         self._cached |= used
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, effects, batch)
+        running = self._thread.start(partial(self._forward, effects, batch))
         self._deliver()
         self._count()
         self._num_steps += 1
@@ -248,7 +249,7 @@ class Worker:
         self._engine_effects.clear()
         cached, self._cached = self._cached, set()
         # Shielded: whoever stops the verifier now must not leave half of them in an engine that is used again.
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, self._release_all, cached))
+        await asyncio.shield(self._thread.start(partial(self._release_all, cached)))
 
     def _release_all(self, keys: set[str]) -> None:
         """On the engine's thread: release the caches of an engine that has failed before."""

@@ -8,7 +8,6 @@ session has one owner and needs no lock; engine operations run on one thread in 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import grpc
@@ -36,6 +35,7 @@ from shared.core.messages import CloudMessage, Commit, FailureCode, Finish
 from shared.core.policies import DraftPolicy
 from shared.core.settings import EdgeSettings, OnDisconnect, Request
 from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
+from shared.engine_thread import EngineThread
 from shared.vocabulary import Vocabulary, describe_mismatch
 
 log = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class EdgeAgent:
         self._channel = channel
         self._settings = settings
         self._policy = policy
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="draft")
+        self._thread = EngineThread("draft")
         self._run: _Run | None = None
 
     async def answer(self, request: Request) -> AsyncGenerator[Event, None]:
@@ -75,7 +75,7 @@ class EdgeAgent:
         """
         previous = self._run
         learnt = None if previous is None else previous.learnt
-        run = self._run = _Run(request, self._engine, self._worker, self._channel, self._settings, self._policy, learnt)
+        run = self._run = _Run(request, self._engine, self._thread, self._channel, self._settings, self._policy, learnt)
         naming: asyncio.Task[str] | None = None
         try:
             if previous is not None:  # its streams have the same numbers: they go first
@@ -107,7 +107,7 @@ class EdgeAgent:
 
     async def settle(self) -> None:
         """Wait until the engine is idle, for others to use it: an answer that has ended may still be drafting."""
-        await asyncio.get_running_loop().run_in_executor(self._worker, lambda: None)
+        await self._thread.start(lambda: None)
 
     async def close(self, keep_engine: bool = False) -> None:
         """Free the connection, and the engine unless it is the caller's."""
@@ -115,8 +115,8 @@ class EdgeAgent:
             self._run.give_up("the agent was closed")
         await self._channel.close()
         if not keep_engine:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.close)
-        await asyncio.to_thread(self._worker.shutdown)
+            await self._thread.start(self._engine.close)
+        await asyncio.to_thread(self._thread.close)
 
     async def _name_mismatch(self, detail: str) -> str:
         """The first differing ids, if the verifier still answers; its own words otherwise."""
@@ -136,7 +136,7 @@ class _Run:
         self,
         request: Request,
         engine: DraftEngine,
-        worker: ThreadPoolExecutor,
+        thread: EngineThread,
         channel: Channel,
         settings: EdgeSettings,
         policy: DraftPolicy,
@@ -145,7 +145,7 @@ class _Run:
         self.events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._request = request
         self._engine = engine
-        self._worker = worker
+        self._thread = thread
         self._channel = channel
         self._settings = settings
         self._session = EdgeSession(request, settings, policy, learnt)
@@ -259,7 +259,7 @@ class _Run:
                     self._is_paused = True
                     log.warning("the verifier cannot be reached; the answer waits for it")
             case Draft() | Rollback():
-                future = self._loop.run_in_executor(self._worker, self._operate, effect)
+                future = self._thread.start(partial(self._operate, effect))
                 future.add_done_callback(partial(self._operated, effect))
             case Emit() | Confirm() | Retract():
                 self._statistics.saw(effect, time.monotonic())

@@ -13,12 +13,14 @@ class DraftSources:
     """
 
     _drafted: dict[int, tuple[int, str]] = field(default_factory=dict)  # by position: token, source
+    _end: int = 0  # behind the last of these positions
     _judged: dict[str, list[int]] = field(default_factory=dict)  # by source: accepted, all
 
     def drafted(self, start: int, tokens: Sequence[int], sources: Sequence[str]) -> None:
         """These tokens are the own path from position `start` on, which is not committed yet."""
         self._forget(start)
         self._drafted.update(enumerate(zip(tokens, sources, strict=True), start))
+        self._end = start + len(tokens)
 
     def committed(self, start: int, tokens: Sequence[int]) -> None:
         """The verifier's tokens from position `start` on."""
@@ -44,5 +46,6 @@ class DraftSources:
         }
 
     def _forget(self, start: int) -> None:
-        for position in [position for position in self._drafted if position >= start]:
-            del self._drafted[position]
+        for position in range(start, self._end):
+            self._drafted.pop(position, None)
+        self._end = min(self._end, start)

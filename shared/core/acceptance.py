@@ -8,6 +8,8 @@ _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in t
 # and its engine reads the prompt, for local text.
 _DOUBTED_TOKENS = 1.0
 _YOUNG_TOKENS = 64.0
+_RANGE_BITS = 5
+_RANGES = bytes([confidence >> _RANGE_BITS for confidence in range(256)])  # of each confidence
 
 
 class Acceptance:
@@ -67,7 +69,7 @@ class Calibration:
 
     __slots__ = ("_overall", "_prior", "_ranges", "table")
 
-    RANGE_BITS = 5
+    RANGE_BITS = _RANGE_BITS
     _DRAWN_BY = 4.0
 
     def __init__(self, prior: float = 0.8) -> None:
@@ -91,8 +93,8 @@ class Calibration:
 
     def reach(self, confidences: Iterable[int]) -> float:
         """The probability that a whole path with these confidences is accepted."""
-        table = self.table
-        return prod([table[confidence >> self.RANGE_BITS] for confidence in confidences])
+        ranges = bytes(confidences).translate(_RANGES)  # counted: a path may be long, and ranges are few
+        return prod([chance ** ranges.count(index) for index, chance in enumerate(self.table)])
 
     def carried(self) -> "Calibration":
         """What the next session with the same draft begins with: this, soon outweighed by its own tokens."""

@@ -12,7 +12,7 @@ A moment here is when a message would have to be sent to land at it: half a roun
 Times are seconds on the caller's clock, durations milliseconds.
 """
 
-from collections import deque
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from math import inf
 
@@ -42,8 +42,8 @@ class StepClock:
     """What was sent when, and how long steps take."""
 
     __slots__ = (
-        "_began", "_committed_at", "_curve_ms", "_is_awaited", "_is_opening", "_next_rows", "_sent", "_step_ms",
-        "credit", "error_ms", "interval_ms",
+        "_began", "_committed_at", "_curve_ms", "_is_awaited", "_is_opening", "_next_rows", "_sent_at", "_sent_to",
+        "_step_ms", "credit", "error_ms", "interval_ms",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -56,7 +56,10 @@ class StepClock:
         self._curve_ms: tuple[float, ...] = ()  # of a step by its rows, as expected by the verifier: its shape
         self._next_rows: int | None = None  # of the step that goes on, where the verifier said so
         self._step_ms: dict[int, float] = {}  # of the last step with so many rows
-        self._sent = deque(((-inf, 0),) * _REMEMBERED, maxlen=_REMEMBERED)  # (when, up to where)
+        # When each message was sent, and up to where the tokens of it and those before it go; both ascend. The first
+        # one stands for what is forgotten.
+        self._sent_at = [-inf] * (1 + _REMEMBERED)
+        self._sent_to = [0] * (1 + _REMEMBERED)
 
     def committed(self, commit: Commit, awaited_len: int, rtt_ms: float, now: float) -> None:
         """A commit arrived: the next step began when it was sent.
@@ -73,9 +76,11 @@ class StepClock:
         if self._committed_at:
             self.interval_ms += _GAIN * (since_ms - self.interval_ms)
         self._committed_at = now
-        answered_at = next((sent_at for sent_at, end in self._sent if end >= awaited_len), 0.0) if awaited_len else 0.0
-        self._is_awaited = answered_at > 0.0
-        self._began = max(now - rtt_ms / 1000, answered_at)
+        answer = bisect_left(self._sent_to, awaited_len) if awaited_len else len(self._sent_to)
+        self._is_awaited = answer < len(self._sent_to)
+        self._began = now - rtt_ms / 1000
+        if self._is_awaited:
+            self._began = max(self._began, self._sent_at[answer])
 
     def opened(self) -> None:
         """The session was opened, maybe not for the first time: how long its first step takes is no use for others."""
@@ -84,14 +89,18 @@ class StepClock:
 
     def sent(self, length: int, is_awaited: bool, now: float) -> None:
         """Drafts up to `length` are sent; if the verifier's step waits for them, it begins when they land."""
-        self._sent.append((now, length))
+        del self._sent_at[1], self._sent_to[1]
+        self._sent_at.append(now)
+        self._sent_to.append(max(length, self._sent_to[-1]))
         self.credit = max(self.credit - 1.0, 0.0)
         if is_awaited:
             self._began, self._is_awaited = now, True
 
     def cut(self, length: int) -> None:
         """What was sent beyond `length` does not stand."""
-        self._sent.extend([(sent_at, min(end, length)) for sent_at, end in self._sent])
+        sent_to = self._sent_to
+        beyond = bisect_right(sent_to, length)
+        sent_to[beyond:] = [length] * (len(sent_to) - beyond)
 
     def interval_at(self, now: float) -> float:
         """From commit to commit, ms, smoothed; longer if the next one is late, 0 before the first two."""
@@ -99,18 +108,15 @@ class StepClock:
 
     def since_ms(self, messages: int, now: float) -> float:
         """Since the last message, or the one `messages` - 1 before it."""
-        return (now - self._sent[-messages][0]) * 1000
+        return (now - self._sent_at[-messages]) * 1000
 
     def next_step(self, committed_len: int, sent_len: int, now: float) -> NextStep:
         """The next one that a message sent now would be in time for."""
         began, length, step_ms, durations = self._began, committed_len, 0.0, self._step_ms
-        landing, landed, most = iter(self._sent), 0, max(len(self._curve_ms) - 1, max(durations, default=0))
-        sent_at, end = next(landing)
-        told_rows = self._next_rows
+        sent_at, sent_to, told_rows = self._sent_at, self._sent_to, self._next_rows
+        most = max(len(self._curve_ms) - 1, max(durations, default=0))
         for _ in range(_MOST_STEPS if durations or self._curve_ms else 0):
-            while sent_at <= began:
-                landed = max(landed, end)
-                sent_at, end = next(landing, (inf, 0))
+            landed = sent_to[bisect_right(sent_at, began) - 1]
             rows = drafts = min(max(landed - length, 0), most)
             if told_rows is not None:
                 rows, told_rows = told_rows, None

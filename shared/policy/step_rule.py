@@ -51,6 +51,7 @@ _LEAST_GAIN = 0.01  # tokens: for less nothing is asked
 _LEAST_RECYCLED = 0.1  # of a guess's first token: rows cost a little more than their curve says
 _AIMED_MS = 1.5  # so long before a step its message is complete: later drafts are not in it
 _MOST_ROUNDS, _SOLVED = 20, 0.02  # to find the rate at which a break is worth so few tokens
+_NOW_OR_LATER = np.arange(2)[:, None, None, None]  # decode steps before what is here is verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,9 @@ class _Reachable:
 
     It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n = 0 .. `best` drafts
     takes `cost_ms[n]` and commits `gains[n]` more than `rate` would, the path stands behind it with probability
-    `stands[n]`, and the next `best` are here `lacking_ms[n]` after it. With these here the path is worth `most`.
+    `stands[n]`, and the next `best` are here `lacking_ms[n]` after it. With these here the path is worth `most`, but
+    with n only they lack `waiting_ms[n]`. A commit may ask for what goes on behind each plan, up to `last`: for its
+    first token or for `best`; (2, s, n).
     """
 
     rate: float
@@ -83,8 +86,9 @@ class _Reachable:
     gains: _Floats
     stands: _Floats
     lacking_ms: _Floats
-    draft_ms: float
+    waiting_ms: _Floats
     most: float
+    last: _Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,13 @@ class StepRule:
         self._cost: _Floats = np.asarray(cost, dtype=np.float64)
         self._drafts = np.arange(len(self._cost) - 1)
         self._decodes = np.arange(_MOST_DECODES + 1)
-        self._until = self._decodes[:, None] + self._drafts[None, :]  # (s, n): tokens of the path up to the plan's end
-        self._bonus, self._after = self._until + 1, self._until + 2  # the plan's own token, and the first that goes on
+        self._until = self._decodes[:, None] + self._drafts  # (s, n): tokens of the path up to the plan's end
+        self._needed = self._until * (self._drafts > 0)  # 0 where the plan ends without drafts
+        # The plan's own token, the first one that goes on, the one after that.
+        self._bonus, self._after, self._second = self._until + 1, self._until + 2, self._until + 3
         self._tokens = np.arange(self._until[-1, -1] + 3)
-        self._verifies = np.broadcast_to(self._drafts > 0, self._until.shape)
         self._decoding = self._decodes[:, None] * self._cost[1]
+        self._now_or_later_ms = (_NOW_OR_LATER * self._cost[1]).astype(np.float64)
         self._solved: dict[tuple[float, float, float], _Reachable] = {}
 
     def choose(self, worth: Sequence[float], outlook: Outlook, may_decode: bool = True) -> Choice:
@@ -139,7 +145,7 @@ class StepRule:
             asked_ms = unasked_ms
         path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask)
         values, asks = self._values(path, reachable)
-        values -= _DOUBT * (self._verifies & (asked_ms.take(self._until) > self._decoding))
+        values -= _DOUBT * (asked_ms.take(self._needed) > self._decoding)
         values[:, outlook.most_drafts + 1 :] = -np.inf
         if not may_decode:
             values[1:] = -np.inf
@@ -201,21 +207,23 @@ class StepRule:
         flow_ms = float(step_ms[best] / (1.0 - stands[best])) if flow > 0.0 else 0.0
         cost_ms, stands = self._cost[1 : best + 2], stands[: best + 1]
         lacking_ms = np.maximum(best - np.floor(cost_ms / draft_ms), 0.0) * draft_ms
+        waiting_ms = np.maximum(best - 1 - self._drafts[: best + 1], 0) * draft_ms
         gains = tokens[: best + 1] - rate * cost_ms
         most = float(gains[best] + stands[best] * flow)
-        answer_ms = rtt_ms + draft_ms
-        return _Reachable(rate, answer_ms, flow, flow_ms, best, cost_ms, gains, stands, lacking_ms, draft_ms, most)
+        last = np.stack((self._after, np.minimum(self._until + (best + 1), len(self._tokens) - 1)))
+        return _Reachable(
+            rate, rtt_ms + draft_ms, flow, flow_ms, best, cost_ms, gains, stands, lacking_ms, waiting_ms, most, last
+        )
 
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
-        """What a path is worth with so many tokens here, and further ones in `next_ms`.
+        """What a path is worth with so many tokens here, and further ones in `next_ms`; (ways, s, n).
 
         Those that are here are verified at once, or after one more decode step; or as many as are best are waited for.
         """
-        later = self._verified(reachable, here - 1, next_ms - self._cost[1])
-        decoding = 1.0 - reachable.rate * self._cost[1] + reachable.stands[0] * later
-        lacking_ms = np.maximum(reachable.best - 1 - here, 0) * reachable.draft_ms + next_ms
-        waiting = reachable.most - reachable.rate * np.maximum(lacking_ms, reachable.answer_ms)
-        values: _Floats = np.maximum(np.maximum(self._verified(reachable, here, next_ms), decoding), waiting)
+        now, later = self._verified(reachable, here - _NOW_OR_LATER, next_ms - self._now_or_later_ms)
+        decoding = reachable.stands[0] * later + (1.0 - reachable.rate * self._cost[1])
+        waiting_ms = np.maximum(reachable.waiting_ms.take(here, mode="clip") + next_ms, reachable.answer_ms)
+        values: _Floats = np.maximum(np.maximum(now, decoding), reachable.most - reachable.rate * waiting_ms)
         return values
 
     def _verified(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
@@ -264,51 +272,52 @@ class StepRule:
         here_in[pending + 1 : count + 1] = at_ms
         here_in[count + 1 :] = np.maximum(here_in[count + 1 :], at_ms + self._cost[1 + rows])
 
-    def _took_ms(self, asked_ms: _Floats) -> _Floats:
-        needed_ms = asked_ms.take(self._until) * self._verifies
-        took_ms: _Floats = np.maximum(needed_ms, self._decoding) + self._cost[1:]
-        return took_ms
-
     def _values(self, path: _Path, reachable: _Reachable) -> tuple[_Floats, _Ints]:
         """What each plan (s, n) is worth, and for how many of the path's tokens it asks."""
-        gained = np.cumsum(path.reach)
-        tokens = gained.take(self._until) - (gained[: len(self._decodes)] - self._decodes - 1.0)[:, None]
-        took_ms = self._took_ms(path.asked_ms)
-        waits = self._verifies & (self._until > path.pending)
-        ways = [self._unasked(path, took_ms, waits)]
-        if path.may_ask:
-            most = np.minimum(self._after + reachable.best - 1, len(self._tokens) - 1)
-            ways += self._asked(path, took_ms, self._after), self._asked(path, took_ms, most)
-        goes_on_ms, here, next_ms = (np.concatenate(each).reshape(-1, *waits.shape) for each in zip(*ways, strict=True))
+        gained = path.reach.cumsum()
+        tokens = gained.take(self._until) - (gained[: len(self._decodes)] - self._bonus[:, 0])[:, None]
+        took_ms = np.maximum(path.asked_ms.take(self._needed), self._decoding) + self._cost[1:]
+        waits = self._needed > path.pending
+        goes_on_ms, here, next_ms = self._behind(path, reachable, took_ms, waits)
         onward = self._onward(reachable, here - self._after, next_ms)
         onward = self._paused(reachable, onward, goes_on_ms - took_ms)
         best, asks = onward[0], self._until * waits
         if path.may_ask:
+            way = onward[1] < onward[2]
             asked = np.maximum(onward[1], onward[2])
             is_asked = ~waits & (asked > best + _LEAST_GAIN)
             best = np.where(is_asked, asked, best)
-            asks = np.where(is_asked, np.where(onward[2] > onward[1], here[2], here[1]) - 1, asks)
+            asks = np.where(is_asked, np.where(way, here[2], here[1]) - 1, asks)
         values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * best
         return values, asks
 
-    def _unasked(self, path: _Path, took_ms: _Floats, waits: NDArray[np.bool_]) -> tuple[_Floats, _Ints, _Floats]:
-        """How the path goes on behind each plan that asks for no more than what it waits for itself.
+    def _behind(
+        self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]
+    ) -> tuple[_Floats, _Ints, _Floats]:
+        """How the path goes on behind each plan: (1 or 3 ways, s, n).
 
         When its first token behind the plan is here, how many tokens of the path are here then, and when the next is.
+        The first way asks for no more than what the plan waits for itself. The others ask for tokens behind it, at
+        least up to `reachable.last`: those that will be here by then.
         """
+        shape = 3 if path.may_ask else 1, *took_ms.shape
+        goes_on_ms, here, next_ms = np.empty(shape), np.empty(shape, dtype=np.intp), np.empty(shape)
         # An edge that was asked aims its next message at the end of the step that waited for this one.
         aimed_ms, unasked_ms = path.drafted_ms + _AIMED_MS, path.unasked_ms
         told_ms = np.maximum(path.drafted_ms.take(self._after), took_ms + path.rtt_ms)  # if the plan's commit asks
         first_ms = np.minimum(unasked_ms.take(self._after), told_ms)
-        goes_on_ms = np.maximum(np.where(waits, aimed_ms.take(self._after), first_ms), took_ms)
-        here = np.where(waits, aimed_ms.searchsorted(goes_on_ms, "right"), unasked_ms.searchsorted(goes_on_ms, "right"))
-        here = np.maximum(here, self._after + 1)
-        return goes_on_ms, here, np.where(waits, 0.0, unasked_ms.take(here, mode="clip") - goes_on_ms)
-
-    def _asked(self, path: _Path, took_ms: _Floats, last: _Ints) -> tuple[_Floats, _Ints, _Floats]:
-        """The same if tokens behind the plan are asked for, at least up to `last`: those that will be here by then."""
-        answered_ms = np.maximum(path.asked_ms, path.rtt_ms)
-        answered_ms[: path.pending + 1] = 0.0
-        goes_on_ms = np.maximum(answered_ms.take(last), took_ms)
-        here = answered_ms.searchsorted(goes_on_ms, "right")
-        return goes_on_ms, here, np.maximum(path.drafted_ms.take(here, mode="clip") - goes_on_ms, 0.0)
+        np.copyto(first_ms, aimed_ms.take(self._after), where=waits)
+        first_ms = np.maximum(first_ms, took_ms, out=goes_on_ms[0])
+        count = unasked_ms.searchsorted(first_ms, "right")
+        np.copyto(count, aimed_ms.searchsorted(first_ms, "right"), where=waits)
+        np.maximum(count, self._second, out=here[0])
+        np.subtract(unasked_ms.take(here[0], mode="clip"), first_ms, out=next_ms[0])
+        np.copyto(next_ms[0], 0.0, where=waits)
+        if path.may_ask:
+            answered_ms = np.maximum(path.asked_ms, path.rtt_ms)
+            answered_ms[: path.pending + 1] = 0.0
+            asked_ms = np.maximum(answered_ms.take(reachable.last), took_ms, out=goes_on_ms[1:])
+            here[1:] = answered_ms.searchsorted(asked_ms, "right")
+            drafted_ms = path.drafted_ms.take(here[1:], mode="clip")
+            np.maximum(drafted_ms - asked_ms, 0.0, out=next_ms[1:])
+        return goes_on_ms, here, next_ms
