@@ -84,22 +84,22 @@ def test_a_thousand_idle_sessions_stay_inside_the_cache_and_each_goes_on() -> No
 
     async def test(lab: Lab) -> None:
         places = asyncio.Semaphore(cache_blocks // 4)  # more at a time would be told to come back later
-        prompts = [(1 + index // 900, 1 + index % 900, *range(500, 548)) for index in range(num_sessions)]
-        edges = [
-            lab.edge(Open(f"s{index}", prompt, len(prompt), 2 * window - 1, TOY_VOCABULARY, want=Want.STREAM))
-            for index, prompt in enumerate(prompts)
-        ]
 
-        async def begin(edge: RawEdge) -> None:
+        async def begin(index: int) -> RawEdge:
+            prompt = (1 + index // 900, 1 + index % 900, *range(500, 548))
+            opened = Open(f"s{index}", prompt, len(prompt), 2 * window - 1, TOY_VOCABULARY, want=Want.STREAM)
             async with places:
-                await edge.send(edge.opened)
+                # Not before: gRPC's server cancels calls that wait for it for 30 s, as many at once do on a busy core.
+                edge = lab.edge(opened)
+                await edge.send(opened)
                 await edge.read(window)
+            return edge
 
         async def go_on(edge: RawEdge) -> None:
             await edge.acknowledge()
             await edge.read(2 * window - 1)
 
-        await asyncio.gather(*map(begin, edges))
+        edges = await asyncio.gather(*map(begin, range(num_sessions)))
         statuses = lab.worker.session_statuses()
         assert len(statuses) == num_sessions
         assert sum(status.cached_len > 0 for status in statuses) <= cache_blocks // 4
