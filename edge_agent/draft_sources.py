@@ -13,14 +13,12 @@ class DraftSources:
     """
 
     _drafted: dict[int, tuple[int, str]] = field(default_factory=dict)  # by position: token, source
-    _end: int = 0  # behind the last of these positions
     _judged: dict[str, list[int]] = field(default_factory=dict)  # by source: accepted, all
 
     def drafted(self, start: int, tokens: Sequence[int], sources: Sequence[str]) -> None:
         """These tokens are the own path from position `start` on, which is not committed yet."""
         self._forget(start)
         self._drafted.update(enumerate(zip(tokens, sources, strict=True), start))
-        self._end = start + len(tokens)
 
     def committed(self, start: int, tokens: Sequence[int]) -> None:
         """The verifier's tokens from position `start` on."""
@@ -46,6 +44,5 @@ class DraftSources:
         }
 
     def _forget(self, start: int) -> None:
-        for position in range(start, self._end):
-            self._drafted.pop(position, None)
-        self._end = min(self._end, start)
+        while self._drafted and next(reversed(self._drafted)) >= start:  # positions come in order
+            self._drafted.popitem()

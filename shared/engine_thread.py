@@ -41,7 +41,7 @@ class EngineThread:
         def call() -> None:
             try:
                 told = partial(_succeed, future, work())
-            except BaseException as error:  # noqa: BLE001  # whatever it is, it is for whoever waits
+            except BaseException as error:  # noqa: BLE001  # else the thread ended, and its caller waited for ever
                 told = partial(_fail, future, error)
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(told)

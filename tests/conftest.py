@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Tests in these folders start processes or have a link to keep up with: no two of them at a time.
+# Tests in these folders start processes or have a link to keep up with, but for two files: no two of them at a time.
 _BY_THE_CLOCK = ("cloud_verifier", "edge_agent", "integration", "testing")
 _AT_ANY_PACE = ("test_same_text.py", "test_trees.py")
 

@@ -8,8 +8,6 @@ _CARRIED_TOKENS = 8.0  # so many observations does an earlier session weigh in t
 # and its engine reads the prompt, for local text.
 _DOUBTED_TOKENS = 1.0
 _YOUNG_TOKENS = 64.0
-_RANGE_BITS = 5
-_RANGES = bytes([confidence >> _RANGE_BITS for confidence in range(256)])  # of each confidence
 
 
 class Acceptance:
@@ -69,7 +67,7 @@ class Calibration:
 
     __slots__ = ("_overall", "_prior", "_ranges", "table")
 
-    RANGE_BITS = _RANGE_BITS
+    RANGE_BITS = 5
     _DRAWN_BY = 4.0
 
     def __init__(self, prior: float = 0.8) -> None:
@@ -121,3 +119,6 @@ class Calibration:
         """Bring `table` up to date; apart from `observe`, so that it can be done while nobody waits."""
         drawn = self._overall.rate * self._DRAWN_BY
         self.table = [(rate * seen + drawn) / (seen + self._DRAWN_BY) for rate, seen in self._ranges]
+
+
+_RANGES = bytes([confidence >> Calibration.RANGE_BITS for confidence in range(256)])  # of each confidence

@@ -70,18 +70,17 @@ class Choice:
 class _Reachable:
     """The best rate, tokens per ms, the time from a break to the next draft, and what a path that stands is worth.
 
-    It is worth `flow` tokens, in `flow_ms`, if always `best` drafts are verified. A step of n = 0 .. `best` drafts
-    takes `cost_ms[n]` and commits `gains[n]` more than `rate` would, the path stands behind it with probability
-    `stands[n]`, and the next `best` are here `lacking_ms[n]` after it. With these here the path is worth `most`, but
-    with n only they lack `waiting_ms[n]`. A commit may ask for what goes on behind each plan, up to `last`: for its
-    first token or for `best`; (2, s, n).
+    It is worth `flow` tokens, in `flow_ms`, if always the best number of drafts is verified, at which the tables end. A
+    step of n drafts takes `cost_ms[n]` and commits `gains[n]` more than `rate` would, the path stands behind it with
+    probability `stands[n]`, and the next so many are here `lacking_ms[n]` after it. With these here the path is worth
+    `most`, but with n only they lack `waiting_ms[n]`. A commit may ask for what goes on behind each plan, up to `last`:
+    for its first token or for as many as are best; (2, s, n).
     """
 
     rate: float
     answer_ms: float
     flow: float
     flow_ms: float
-    best: int
     cost_ms: _Floats
     gains: _Floats
     stands: _Floats
@@ -124,7 +123,7 @@ class StepRule:
         self._bonus, self._after, self._second = self._until + 1, self._until + 2, self._until + 3
         self._tokens = np.arange(self._until[-1, -1] + 3)
         self._decoding = self._decodes[:, None] * self._cost[1]
-        self._now_or_later_ms = (_NOW_OR_LATER * self._cost[1]).astype(np.float64)
+        self._now_or_later_ms: _Floats = _NOW_OR_LATER * self._cost[1]
         self._solved: dict[tuple[float, float, float], _Reachable] = {}
 
     def choose(self, worth: Sequence[float], outlook: Outlook, may_decode: bool = True) -> Choice:
@@ -212,7 +211,7 @@ class StepRule:
         most = float(gains[best] + stands[best] * flow)
         last = np.stack((self._after, np.minimum(self._until + (best + 1), len(self._tokens) - 1)))
         return _Reachable(
-            rate, rtt_ms + draft_ms, flow, flow_ms, best, cost_ms, gains, stands, lacking_ms, waiting_ms, most, last
+            rate, rtt_ms + draft_ms, flow, flow_ms, cost_ms, gains, stands, lacking_ms, waiting_ms, most, last
         )
 
     def _onward(self, reachable: _Reachable, here: _Ints, next_ms: _Floats) -> _Floats:
@@ -283,11 +282,10 @@ class StepRule:
         onward = self._paused(reachable, onward, goes_on_ms - took_ms)
         best, asks = onward[0], self._until * waits
         if path.may_ask:
-            way = onward[1] < onward[2]
             asked = np.maximum(onward[1], onward[2])
             is_asked = ~waits & (asked > best + _LEAST_GAIN)
             best = np.where(is_asked, asked, best)
-            asks = np.where(is_asked, np.where(way, here[2], here[1]) - 1, asks)
+            asks = np.where(is_asked, np.where(onward[2] > onward[1], here[2], here[1]) - 1, asks)
         values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * best
         return values, asks
 

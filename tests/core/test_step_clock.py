@@ -114,6 +114,20 @@ def test_step_takes_no_more_drafts_than_any_did() -> None:
     assert next_of(clock, 5, 20, now=1.0) == (20.0, 40.0, 12)
 
 
+def test_messages_beyond_the_remembered_ones_land_no_sooner() -> None:
+    clock = clock_of(_0=30.0, _2=40.0)
+    for length in range(6, 46):
+        clock.sent(length, is_awaited=False, now=1.001)
+    assert next_of(clock, 5, 45, now=1.002) == (8.0, 30.0, 39)
+
+
+def test_a_message_takes_nothing_back_that_landed_before_it() -> None:
+    clock = clock_of(_0=30.0, _2=40.0)
+    clock.sent(7, is_awaited=False, now=0.9)
+    clock.sent(6, is_awaited=False, now=0.95)
+    assert next_of(clock, 5, 7, now=1.0) == (20.0, 40.0, 0)
+
+
 def test_cut_tokens_were_never_sent() -> None:
     clock = clock_of(_0=30.0, _2=40.0)
     clock.sent(20, is_awaited=False, now=0.5)
