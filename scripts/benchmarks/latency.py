@@ -27,6 +27,7 @@ PILOT_ROUNDS = (2, 4, 6, 8, 12, 16, 24, 32)  # drafts a round that stop-and-wait
 PILOT_PROMPTS, PILOT_TOKENS = 2, 48
 PILOT_SLOWER = 1.2
 _TRIES = 3  # to get an answer during which the cloud is not lost
+_PATIENCE_MS = 60_000  # a target on one core reads a prompt of a thousand tokens for longer than a user would wait
 _LEAST_MS = 0.01  # what a draft's time is rounded to; none takes no time
 WAITING = {"speculation.self_decode": "off", "speculation.max_draft_rows": PILOT_ROUNDS[-1]}
 WAYS = ("cloud_only", "stop_and_wait", "outrider", "local")
@@ -164,7 +165,7 @@ class Bench:
 async def bench(plan: Plan) -> AsyncIterator[Bench]:
     """Everything up and warm while the context lasts."""
     target = {"target.dtype": plan.dtype}
-    sampling = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed}
+    device = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed, "link.patience_ms": _PATIENCE_MS}
     async with contextlib.AsyncExitStack() as stack:
         running = await stack.enter_async_context(verifier(plan.engine, target))
         waiting = running
@@ -176,7 +177,7 @@ async def bench(plan: Plan) -> AsyncIterator[Bench]:
             await stack.enter_async_context(LinkProxy("127.0.0.1", _port(child), seed=plan.seed))
             for child in (running, waiting)
         ]
-        edges = {draft: await stack.enter_async_context(edge(draft, sampling)) for draft in plan.drafts}
+        edges = {draft: await stack.enter_async_context(edge(draft, device)) for draft in plan.drafts}
         yield Bench(edges, links[0], links[1], running.hello["cost_ms"])
 
 
