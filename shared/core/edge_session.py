@@ -45,6 +45,7 @@ from shared.core.settings import EdgeSettings, OnDisconnect, OnReconnect, Reques
 from shared.core.siblings import Siblings
 from shared.core.transcript import Transcript
 
+_NEWS = 0.1  # a duration is told again when it differs by more than this part
 _CLOCK_GRAIN_MS = 0.1  # shorter waits are none: a timer that rounds to now would fire for ever
 
 
@@ -80,6 +81,7 @@ class EdgeSession:
         self._patience_until = 0.0
         self._send_at = math.inf  # when drafts that gather are due
         self._max_ahead = 64  # until the first commit tells
+        self._told_ms: tuple[float, ...] = 0.0, 0.0  # what the verifier knows of `path.draft_ms` and `link.rtt_ms`
 
     def __repr__(self) -> str:
         return (
@@ -179,6 +181,7 @@ class EdgeSession:
     def _open(self, opened_len: int) -> Send:
         self._opened_len = self.path.sent_len = opened_len
         self.path.clock.opened()
+        self._told_ms = 0.0, 0.0
         return Send(self._dialler.stream, self._request.open(self.path.log, self._known_len, opened_len))
 
     def _commit(self, commit: Commit, now: float) -> list[EdgeEffect]:
@@ -235,11 +238,18 @@ class EdgeSession:
             if ending is not Finish.NONE:
                 return effects + self._finish(ending)
         if self._is_up and now >= self.link.next_heartbeat_at:
-            heartbeat = Heartbeat(self.link.heartbeat(now), self.committed_len, self.path.draft_ms, self.link.rtt_ms)
-            effects.append(Send(self._dialler.stream, heartbeat))
+            effects.append(Send(self._dialler.stream, self._heartbeat(now)))
         if self.phase is Phase.DONE or (self._request.want is Want.STREAM and not self._shows_local):
             return effects
         return effects + self._run_ahead(now)
+
+    def _heartbeat(self, now: float) -> Heartbeat:
+        """With the durations that are news: a number costs five bytes."""
+        known_ms = self.path.draft_ms, self.link.rtt_ms
+        pairs = list(zip(known_ms, self._told_ms, strict=True))
+        news = [ms if abs(ms - told) > _NEWS * told else 0.0 for ms, told in pairs]
+        self._told_ms = tuple([ms or told for ms, (_, told) in zip(news, pairs, strict=True)])
+        return Heartbeat(self.link.heartbeat(now), self.committed_len, *news)
 
     def _run_ahead(self, now: float) -> list[EdgeEffect]:
         """Send what is due and draft further."""

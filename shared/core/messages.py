@@ -115,7 +115,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Liveness, RTT and acknowledgement; the verifier echoes it with its own `committed_len`."""
+    """Liveness, RTT and acknowledgement; the verifier echoes it with its own `committed_len`.
+
+    An edge tells its `draft_ms` and `rtt_ms` where they are news; 0: as it said before, or not known yet.
+    """
 
     nonce: int
     committed_len: int

@@ -40,6 +40,22 @@ def test_heartbeats_keep_time_and_acknowledge() -> None:
     assert session.wake_at() == pytest.approx(0.4)
 
 
+def test_heartbeats_tell_durations_that_are_news_to_this_stream() -> None:
+    session = linked()
+    told = list[Heartbeat]()
+    for number, (draft_ms, echo_ms) in enumerate([(20.0, 50.0), (21.9, 54.0), (22.1, 90.0), (0.0, 50.0)], start=1):
+        session.path.draft_ms = draft_ms
+        told += [beat for beat in sent(session.tick(number * 0.2)) if isinstance(beat, Heartbeat)]
+        session.receive(1, Heartbeat(number + 1, 3), number * 0.2 + echo_ms / 1000)
+    # The round trip is smoothed: 50, 52 and 65 ms when they are told, or not. What is not known is no news.
+    assert [(beat.draft_ms, round(beat.rtt_ms)) for beat in told] == [(20.0, 0), (0.0, 50), (22.1, 0), (0.0, 65)]
+    session.disconnected(1, 1.0)
+    session.path.draft_ms = 22.1
+    stream = redialled(session, 1.0)
+    (again,) = of_type(session.connected(stream, 2.1), Send)[1:]
+    assert again == Send(stream, Heartbeat(6, 3, 22.1, session.link.rtt_ms))
+
+
 def test_stall_shows_the_path_first_and_then_drops_the_stream() -> None:
     session = linked()
     session.tick(0.2)

@@ -158,6 +158,14 @@ def test_before_the_first_commits_messages_keep_their_distance(interval_ms: floa
     assert policy.send_in_ms(replace(seen, awaited_tokens=1), is_drafting=True) == 0.0
 
 
+def test_while_the_prompt_is_read_each_message_has_a_part_of_the_path() -> None:
+    seen = replace(SEEN, until_step_ms=0.0, interval_ms=0.0, unsent_tokens=1, ahead_tokens=5, credit=6.0)
+    assert RunAhead().send_in_ms(seen, is_drafting=True) == math.inf
+    assert RunAhead().send_in_ms(replace(seen, ahead_tokens=4), is_drafting=True) == 0.0
+    assert RunAhead().send_in_ms(seen, is_drafting=False) == 0.0
+    assert RunAhead().send_in_ms(replace(seen, interval_ms=30.0), is_drafting=True) < math.inf
+
+
 def test_no_commit_pays_for_messages_that_the_settings_forbid() -> None:
     seen = replace(SEEN, until_step_ms=0.0, unsent_tokens=1, since_burst_ms=500.0, credit=6.0)
     assert RunAhead(message_interval_ms=100.0).send_in_ms(seen, is_drafting=True) == pytest.approx(100.0)
