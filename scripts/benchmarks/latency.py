@@ -30,7 +30,7 @@ _TRIES = 3  # to get an answer during which the cloud is not lost
 _PATIENCE_MS = 60_000  # a target on one core reads a prompt of a thousand tokens for longer than a user would wait
 _LEAST_MS = 0.01  # what a draft's time is rounded to; none takes no time
 WAITING = {"speculation.self_decode": "off", "speculation.max_draft_rows": PILOT_ROUNDS[-1]}
-WAYS = ("cloud_only", "stop_and_wait", "outrider", "local")
+WAYS = ("cloud_only", "outrider", "stop_and_wait", "local")  # machines drift: what is compared most stands together
 
 
 @dataclass(frozen=True)
