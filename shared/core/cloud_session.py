@@ -157,7 +157,7 @@ class CloudSession:
     def acknowledged(self, committed_len: int, draft_ms: float, rtt_ms: float, now: float) -> None:
         """The edge has seen this many committed tokens. Raises `RemoteProtocolError` for more than there are.
 
-        It drafts a token in `draft_ms`, and measured a round trip of `rtt_ms`; 0: as it said before.
+        It drafts a token in `draft_ms`, and measured a round trip of `rtt_ms`; 0: not known yet.
         """
         if committed_len > len(self.log):
             raise RemoteProtocolError(f"acknowledged {committed_len} tokens of {len(self.log)} committed")
@@ -165,8 +165,7 @@ class CloudSession:
         self._acked_len = max(self._acked_len, committed_len)
         if self.is_ready and not was_ready:
             self._ready_at = now
-        forecast = self._forecast
-        forecast.draft_ms, forecast.rtt_ms = draft_ms or forecast.draft_ms, rtt_ms or forecast.rtt_ms
+        self._forecast.draft_ms, self._forecast.rtt_ms = draft_ms, rtt_ms
 
     def drafted(self, draft: Draft, now: float) -> Grafted:
         """Pending drafts arrived; a session that asked for a plain stream has no use for them."""

@@ -52,6 +52,8 @@ class _Stream:
     heard_at: float
     session: CloudSession | None = None
     is_told: bool = False  # what steps cost
+    draft_ms: float = 0.0  # as its last heartbeats said, before its Open was taken in, too
+    rtt_ms: float = 0.0
     waiting: deque[Open | Draft | Close | None] = field(default_factory=deque)  # None: the stream was lost
 
 
@@ -275,8 +277,9 @@ class SessionTable:
     def _handle(self, stream: int, state: _Stream, message: EdgeMessage, now: float) -> list[CloudEffect]:
         match message:
             case Heartbeat():
+                state.draft_ms, state.rtt_ms = message.draft_ms or state.draft_ms, message.rtt_ms or state.rtt_ms
                 if state.session is not None:
-                    state.session.acknowledged(message.committed_len, message.draft_ms, message.rtt_ms, now)
+                    state.session.acknowledged(message.committed_len, state.draft_ms, state.rtt_ms, now)
                 committed_len = len(state.session.log) if state.session else 0
                 return [Send(stream, Heartbeat(message.nonce, committed_len))]
             case Open():
@@ -309,6 +312,7 @@ class SessionTable:
         log = TokenLog(known.tokens(0, message.known_len) + message.tokens)
         cached_len, found = self.ledger.find(key, state.identity, log, now)
         state.session = CloudSession(key, message, log, cached_len, self._settings.session, now)
+        state.session.acknowledged(0, state.draft_ms, state.rtt_ms, now)
         self._stream_of[key] = stream
         return [*effects, *found, *self.ledger.opened(state.session)]
 

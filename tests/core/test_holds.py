@@ -155,15 +155,6 @@ def hear(table: SessionTable, stream: int, now: float) -> list[CloudEffect]:
     return table.receive(stream, Heartbeat(1, 3, draft_ms=5.0, rtt_ms=10.0), now)
 
 
-def test_heartbeat_without_durations_changes_nothing_that_was_told() -> None:
-    session = told(session_of())
-    before = outlook(session, now=0.01)
-    session.acknowledged(3, draft_ms=0.0, rtt_ms=0.0, now=0.01)
-    assert outlook(session, now=0.01) == before
-    session.acknowledged(3, draft_ms=4.0, rtt_ms=0.0, now=0.01)
-    assert outlook(session, now=0.01).draft_ms == 4.0
-
-
 def test_drafts_are_expected_as_they_were_asked_for() -> None:
     session = told(session_of())
     session.asked(3, now=0.0)

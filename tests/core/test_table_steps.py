@@ -362,6 +362,22 @@ def test_session_that_is_open_is_reopened_although_all_is_in_use() -> None:
     assert opened(table, 2, reopened((1, 2, 3, 7), known_len=4)) == [EndStream(1)]
 
 
+def test_what_heartbeats_tell_holds_until_they_tell_otherwise_and_before_the_open_is_taken_in() -> None:
+    table = table_of()
+    opened(table, 1)
+    table.plan(0.0)
+    opened(table, 2, reopened((1, 2, 3, 8), known_len=3))  # waits for the step
+    table.receive(2, Heartbeat(1, 0, draft_ms=9.0, rtt_ms=50.0), 0.0)
+    table.stepped([(7,)], 1.0, now=0.0)
+    known = []
+    for nonce, draft_ms in enumerate((0.0, 4.0, 0.0), start=2):
+        outlook = table.sessions[0].outlook(0.0)
+        assert outlook is not None
+        known.append((outlook.draft_ms, outlook.rtt_ms))
+        table.receive(2, Heartbeat(nonce, 4, draft_ms=draft_ms), 0.0)
+    assert known == [(9.0, 50.0), (9.0, 50.0), (4.0, 50.0)]
+
+
 @pytest.mark.parametrize(("tokens", "limit"), [(13, 10), (14, 10)])
 def test_text_that_has_ended_has_no_place(tokens: int, limit: int) -> None:
     opening = Open("s", tuple(range(tokens)), 3, limit, OPEN.vocabulary)
