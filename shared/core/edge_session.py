@@ -81,7 +81,7 @@ class EdgeSession:
         self._patience_until = 0.0
         self._send_at = math.inf  # when drafts that gather are due
         self._max_ahead = 64  # until the first commit tells
-        self._told_ms: tuple[float, ...] = 0.0, 0.0  # what the verifier knows of `path.draft_ms` and `link.rtt_ms`
+        self._told_ms = [0.0, 0.0]  # what the verifier knows of `path.draft_ms` and `link.rtt_ms`
 
     def __repr__(self) -> str:
         return (
@@ -181,7 +181,7 @@ class EdgeSession:
     def _open(self, opened_len: int) -> Send:
         self._opened_len = self.path.sent_len = opened_len
         self.path.clock.opened()
-        self._told_ms = 0.0, 0.0
+        self._told_ms = [0.0, 0.0]
         return Send(self._dialler.stream, self._request.open(self.path.log, self._known_len, opened_len))
 
     def _commit(self, commit: Commit, now: float) -> list[EdgeEffect]:
@@ -245,10 +245,10 @@ class EdgeSession:
 
     def _heartbeat(self, now: float) -> Heartbeat:
         """With the durations that are news: a number costs five bytes."""
-        known_ms = self.path.draft_ms, self.link.rtt_ms
-        pairs = list(zip(known_ms, self._told_ms, strict=True))
-        news = [ms if abs(ms - told) > _NEWS * told else 0.0 for ms, told in pairs]
-        self._told_ms = tuple([ms or told for ms, (_, told) in zip(news, pairs, strict=True)])
+        news = [0.0, 0.0]
+        for index, ms in enumerate((self.path.draft_ms, self.link.rtt_ms)):
+            if abs(ms - self._told_ms[index]) > _NEWS * self._told_ms[index]:
+                news[index] = self._told_ms[index] = ms
         return Heartbeat(self.link.heartbeat(now), self.committed_len, *news)
 
     def _run_ahead(self, now: float) -> list[EdgeEffect]:

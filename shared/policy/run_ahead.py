@@ -35,7 +35,7 @@ _GRAIN_MS = 0.5  # timers fire a little early or late
 _LEAST_SHARE = 0.6  # of the time between two commits: forecasts fail where the verifier or the link is uneven
 _INTERVAL_MS = 42.0  # 24 messages a second leave room for heartbeats below 30
 _OPENING_MS = 20.0  # between the first messages: the verifier has read a short prompt any moment
-_NEWS = 1 / 4  # of the path must be in a message while the verifier reads the prompt: it has use for a few tokens only
+_OPENING_SHARE = 1 / 4  # of the path, and no less, is in each of them: the first step has use for a few tokens only
 _SPARED = 1.0  # the answer to a rejection, or to a hold, must not wait for its credit
 _SPARE_TOKENS = 16  # with so many there already a step has no use for a message
 
@@ -75,11 +75,11 @@ class RunAhead:
         Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so a step
         has hardly more than one.
         """
-        if is_drafting and not seen.interval_ms and seen.unsent_tokens < _NEWS * seen.ahead_tokens:
-            return math.inf
         is_urgent = seen.is_fresh or seen.awaited_tokens > 0
         pause_ms = self._pause_ms(seen, is_urgent)
         if not is_urgent:
+            if is_drafting and not seen.interval_ms and seen.unsent_tokens < _OPENING_SHARE * seen.ahead_tokens:
+                return math.inf
             pause_ms = max(pause_ms, _LEAST_SHARE * seen.interval_ms - seen.since_sent_ms)
         if seen.awaited_tokens:
             return math.inf if seen.unsent_tokens < seen.awaited_tokens and is_drafting else pause_ms

@@ -164,6 +164,7 @@ def test_while_the_prompt_is_read_each_message_has_a_part_of_the_path() -> None:
     assert RunAhead().send_in_ms(replace(seen, ahead_tokens=4), is_drafting=True) == 0.0
     assert RunAhead().send_in_ms(seen, is_drafting=False) == 0.0
     assert RunAhead().send_in_ms(replace(seen, interval_ms=30.0), is_drafting=True) < math.inf
+    assert RunAhead().send_in_ms(replace(seen, awaited_tokens=1), is_drafting=True) == 0.0  # a step is held for it
 
 
 def test_no_commit_pays_for_messages_that_the_settings_forbid() -> None:
