@@ -354,16 +354,17 @@ class CloudSession:
         is_told = forecast.draft_ms > 0.0 and forecast.rtt_ms > 0.0
         if not is_told or self._held_until == inf or self.opened.want is Want.STREAM:
             return None
-        length = len(self.log)
+        length, path_len = len(self.log), self._tree.path_len
         return Outlook(
             acceptance=self._calibration.overall,
             draft_ms=forecast.draft_ms,
             rtt_ms=forecast.answer_ms,
             unknown_tokens=forecast.unknown_tokens(length),
-            next_ms=forecast.next_ms(length + self._tree.path_len, now),
+            next_ms=forecast.next_ms(length + path_len, now),
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
             asked_tokens=forecast.asked_tokens(length, now),
+            further_tokens=max(path_len - len(self._offered), 0),
             may_ask=may_ask,
         )
 

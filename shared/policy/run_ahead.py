@@ -29,6 +29,8 @@ _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
 _WRONG_SAMPLE_EVERY_TOKENS = 16  # of wrong drafts, one each; about so many has the engine to read if the link drops
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
+_MOST_CHUNK = 32
+_WINDOW_PARTS = 8  # a window that is nearly full is filled by so large a part, where a call drafts so many at once
 _SAFETY_MS = 1.5  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
 _GRAIN_MS = 0.5  # timers fire a little early or late
@@ -62,12 +64,11 @@ class RunAhead:
             is_due = is_sampling or seen.use >= max(price, _LEAST_USE)
         if not is_due:
             return 0
-        room = min(
-            self._worthwhile(seen, max(price, _LEAST_WORTH)),
-            self.max_ahead_tokens - seen.ahead_tokens,
-            seen.max_ahead - seen.ahead_tokens,
-        )
-        return max(0, min(room, most))
+        window = min(self.max_ahead_tokens, seen.max_ahead)
+        room = window - seen.ahead_tokens
+        if not seen.awaited_tokens and room < min(most, window // _WINDOW_PARTS):
+            return 0
+        return max(0, min(room, most, self._worthwhile(seen, max(price, _LEAST_WORTH))))
 
     def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
         """Until the message would land just before the verifier's next step: sooner gains nothing.
@@ -118,7 +119,7 @@ class RunAhead:
         left_ms = seen.until_step_ms - self._safety_ms(seen)
         in_time = int((min(left_ms, _CHUNK_MS) if left_ms > 0.0 else _CHUNK_MS) / seen.draft_ms)
         lacking = seen.awaited_tokens - seen.unsent_tokens
-        return max(1, min(8, in_time, lacking if lacking > 0 else 8))
+        return max(1, min(_MOST_CHUNK, in_time, lacking if lacking > 0 else _MOST_CHUNK))
 
     def _safety_ms(self, seen: DraftObservation) -> float:
         return _SAFETY_MS + _SAFETY_JITTERS * seen.jitter_ms

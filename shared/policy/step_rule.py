@@ -47,6 +47,7 @@ _MOST_DECODES = 16
 _DOUBT = 0.05  # tokens: a step that waits may wait in vain, one that does not cannot
 _LEAST, _SURE = 0.01, 0.995  # no acceptance is 0, nor 1: a path that never ends would be worth any wait
 _MAX_SOLVED = 512
+_NEARLY_SURE = 0.9  # that all drafts on offer are right
 _LEAST_GAIN = 0.01  # tokens: for less nothing is asked
 _LEAST_RECYCLED = 0.1  # of a guess's first token: rows cost a little more than their curve says
 _AIMED_MS = 1.5  # so long before a step its message is complete: later drafts are not in it
@@ -115,6 +116,7 @@ class StepRule:
 
     def __init__(self, cost: Sequence[float] | _Floats) -> None:
         self._cost: _Floats = np.asarray(cost, dtype=np.float64)
+        self._draft_ms: list[float] = self._cost[2:].tolist()  # a step with 1, 2, ... drafts
         self._drafts = np.arange(len(self._cost) - 1)
         self._decodes = np.arange(_MOST_DECODES + 1)
         self._until = self._decodes[:, None] + self._drafts  # (s, n): tokens of the path up to the plan's end
@@ -131,18 +133,21 @@ class StepRule:
 
         Then there must be one, or at least one for which the step has room.
         """
+        pending = len(worth) + outlook.further_tokens
+        if worth and worth[-1] >= _NEARLY_SURE and pending > 2 * len(self._drafts):  # nothing is lacking for long
+            return Choice(self._fastest(worth[: outlook.most_drafts]), 0.0, outlook.asked_tokens)
         reachable = self._solve(outlook)
         reach = self._reach(worth, outlook)
-        drafted_ms = self._drafted_ms(len(worth), outlook.next_ms, outlook.draft_ms)
+        drafted_ms = self._drafted_ms(pending, outlook.next_ms, outlook.draft_ms)
         asked_ms, unasked_ms = drafted_ms.copy(), drafted_ms.copy()
-        first, last = len(worth) + 1, max(len(worth), outlook.asked_tokens) + 1
+        first, last = pending + 1, max(pending, outlook.asked_tokens) + 1
         asked_ms[first:last] = unasked_ms[first:last] = outlook.asked_ms
         asked_ms[last:] = np.maximum(drafted_ms[last:], outlook.rtt_ms if outlook.asked_tokens else outlook.asked_ms)
         if not outlook.asked_tokens:
-            self._gather(unasked_ms, len(worth))
+            self._gather(unasked_ms, pending)
         if not outlook.may_ask:
             asked_ms = unasked_ms
-        path = _Path(reach, len(worth), drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask)
+        path = _Path(reach, pending, drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask)
         values, asks = self._values(path, reachable)
         values -= _DOUBT * (asked_ms.take(self._needed) > self._decoding)
         values[:, outlook.most_drafts + 1 :] = -np.inf
@@ -152,7 +157,7 @@ class StepRule:
         best = int(values.argmax())
         decodes, drafts = divmod(best, len(self._drafts))
         asks_for = min(int(asks.flat[best]), decodes + outlook.most_drafts) if outlook.may_ask else 0
-        asked = asks_for if asks_for > max(len(worth), decodes) else 0
+        asked = asks_for if asks_for > max(pending, decodes) else 0
         asked = max(asked, outlook.asked_tokens)  # what was asked for is on its way
         return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
 
@@ -163,6 +168,15 @@ class StepRule:
         cost = self._cost[1 : 2 + len(worth)]
         gains = np.cumsum([0.0, *worth[: len(cost) - 1]]) - self._solve(outlook).rate * cost
         return int(gains.argmax())
+
+    def _fastest(self, worth: Sequence[float]) -> int:
+        """How many of these drafts to verify, at least one, for the most tokens per ms of this step."""
+        best, most, tokens = 0, 0.0, 1.0
+        for drafts, (reach, cost_ms) in enumerate(zip(worth, self._draft_ms, strict=False), 1):
+            tokens += reach
+            if tokens / cost_ms > most:
+                best, most = drafts, tokens / cost_ms
+        return best
 
     def _solve(self, outlook: Outlook) -> _Reachable:
         """The rate at which the best plan after a break is worth nothing more than its time."""
