@@ -1,10 +1,11 @@
-"""The drafts of the benchmarks by name. Real ones are settings of the edge; recorded and toy ones need no model."""
+"""The drafts of the benchmarks by name. Real ones are settings of the edge; recorded and instant ones need no model."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.instant import FINGERPRINT, PROMPT_LEN, TEXT, InstantDraft
 from edge_agent.config import EdgeConfig
 from edge_agent.engines import load_draft
 from edge_agent.setup import make_request
@@ -12,7 +13,7 @@ from shared.core.messages import Fingerprint, Sampling
 from shared.core.settings import Request
 from shared.engine import Capabilities, DraftEngine, Proposal
 from shared.runtimes.hub import resolve_model
-from shared.testing.engines import TOY_VOCABULARY, GarbageDraft, HashModel, ToyDraft
+from shared.testing.engines import GarbageDraft
 from shared.testing.recorded import RecordedDraft, Recording
 from shared.vocabulary import Vocabulary
 
@@ -33,7 +34,7 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A draft engine, and what makes a request of a question: its text, or the number of a recorded or toy session."""
+    """A draft engine, and what makes a request of a question: its text, or the number of a recorded or instant session."""
 
     engine: DraftEngine
     vocabulary: Vocabulary
@@ -81,8 +82,8 @@ class PacedDraft:
 
 def load_source(draft: str, config: EdgeConfig) -> LoadedSource:
     """The draft of this name. Raises `EngineError`, `ConfigError`."""
-    if draft == "toy":
-        return _without_model(ToyDraft(HashModel(salt=3)), TOY_VOCABULARY, lambda _: (1, 2, 3))
+    if draft == "instant":
+        return _without_model(InstantDraft(), FINGERPRINT, lambda _: TEXT[:PROMPT_LEN])
     if draft == "recorded":
         recording = Recording.load()
         paced = PacedDraft(RecordedDraft(recording, "q4_1"), RECORDED_DRAFT_MS)

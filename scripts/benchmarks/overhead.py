@@ -1,4 +1,4 @@
-"""What the runtime itself costs: toy engines that take no time, over gRPC on loopback, one session.
+"""What the runtime itself costs: engines that take no time, over gRPC on loopback, one session.
 
 An edge process and a verifier process, each on a core of its own. CPU time is that of the whole processes, engines,
 event loops and gRPC's threads included.
@@ -7,6 +7,7 @@ event loops and gRPC's threads included.
 from statistics import median
 from typing import Any
 
+from benchmarks.instant import CONTEXT_TOKENS, PROMPT_LEN, TEXT
 from benchmarks.processes import BenchError, edge, machine, verifier
 
 # Engines that take no time need no pacing, and would stop at bounds that are meant for real ones. Four drafts a step
@@ -14,7 +15,7 @@ from benchmarks.processes import BenchError, edge, machine, verifier
 EDGE = {"speculation.message_interval_ms": 0, "speculation.max_ahead_tokens": 256}
 VERIFIER = {
     "speculation.window_tokens": 4096,
-    "target.context_tokens": 65_536,
+    "target.context_tokens": CONTEXT_TOKENS,
     "speculation.max_draft_rows": 4,
     "limits.max_new_tokens": 65_536,
 }
@@ -23,7 +24,7 @@ VERIFIER = {
 async def overhead(tokens: int, rounds: int) -> dict[str, Any]:
     """The figures of `bench overhead`: medians over the rounds."""
     costs_ms, speeds, commits, per_token_us = list[float](), list[float](), list[float](), list[float]()
-    async with verifier("toy", VERIFIER) as cloud, edge("toy", EDGE) as device:
+    async with verifier("instant", VERIFIER) as cloud, edge("instant", EDGE) as device:
         question = {"do": "answer", "way": "outrider", "address": cloud.hello["address"], "max_new_tokens": tokens}
         await device.ask(question | {"question": 0, "max_new_tokens": 500})
         for number in range(1, rounds + 1):
@@ -32,6 +33,8 @@ async def overhead(tokens: int, rounds: int) -> dict[str, Any]:
             steps = await cloud.ask({"do": "report"})
             if answer["error"] or "local" in answer["provenance"]:
                 raise BenchError(answer["error"] or "the edge lost the verifier on loopback; is the machine busy?")
+            if tuple(answer["tokens"]) != TEXT[PROMPT_LEN : PROMPT_LEN + tokens]:
+                raise BenchError("the text is not the target's")
             cpu_ms = (answer["cpu_s"] + steps["cpu_s"]) * 1000
             costs_ms.append(cpu_ms / steps["steps"])
             per_token_us.append(cpu_ms * 1000 / tokens)

@@ -1,4 +1,4 @@
-"""A verifier in a process of its own for the benchmarks: the real one, around a real, a recorded or a toy target.
+"""A verifier in a process of its own for the benchmarks: the real one, around a real, a recorded or an instant target.
 
 It prints its address and cost curve as one JSON line, then answers each line on stdin: `begin` forgets the steps so
 far, `report` says what they were. It ends with its stdin.
@@ -14,14 +14,13 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from benchmarks import emulated
+from benchmarks import emulated, instant
 from benchmarks.processes import Say, run_child
 from cloud_verifier.config import CloudConfig, load_cloud_config
 from cloud_verifier.engines import Target, load_target
 from cloud_verifier.serve import serving
 from shared.logs import configure_logs
 from shared.metrics import StepReport, VerifierMetrics
-from shared.testing.engines import TOY_VOCABULARY, HashModel, ToyTarget
 from shared.testing.recorded import RecordedTarget, Recording
 from shared.vocabulary import Vocabulary
 
@@ -75,11 +74,10 @@ class Notebook(VerifierMetrics):
 
 
 def make_target(engine: str, config: CloudConfig) -> Target:
-    """The target by the name of the benchmark's engine: `recorded`, `toy` (costs nothing), or a real one."""
-    if engine == "toy":
-        toy = ToyTarget(HashModel(salt=3), base_ms=0.05, row_ms=0.001)
-        vocabulary = Vocabulary(tuple(b"%d" % token for token in range(TOY_VOCABULARY.size)))
-        return Target(toy, vocabulary, "toy", "none", "toy")
+    """The target by the name of the benchmark's engine: `recorded`, `instant` (costs nothing), or a real one."""
+    if engine == "instant":
+        vocabulary = Vocabulary(tuple(b"%d" % token for token in range(instant.FINGERPRINT.size)))
+        return Target(instant.InstantTarget(), vocabulary, "instant", "none", "instant")
     if engine != "recorded":
         return load_target(config.target, lambda _stage, _part: None)
     recording = Recording.load()
@@ -90,7 +88,7 @@ def make_target(engine: str, config: CloudConfig) -> Target:
 async def serve(say: Say, engine: str, overrides: dict[str, object]) -> None:
     """Until stdin ends."""
     fixed: dict[str, object] = {"server.address": "127.0.0.1:0", "target.threads": 1, "limits.keep_cache_s": 0}
-    if engine not in ("recorded", "toy"):
+    if engine not in ("recorded", "instant"):
         fixed["target.engine"] = engine
     config = load_cloud_config(environ=os.environ, overrides=fixed | overrides)
     configure_logs("warning", "console")
