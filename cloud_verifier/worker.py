@@ -35,7 +35,8 @@ from shared.metrics import StepReport, VerifierMetrics
 
 _SHORTEST_SLEEP_S = 0.001  # event loops fire up to a clock tick early; then it is not due yet
 
-_STEPS_TO_FULL_COLLECTION = 1000
+_YOUNG_OBJECTS = 700  # more than before a collection is worth its time, as Python has it
+_FULL_COLLECTION_EVERY = 100
 _SWITCH_INTERVAL_S = 0.0005
 
 _log = structlog.get_logger(__name__)
@@ -88,11 +89,12 @@ class Worker:
         self._undelivered: list[_Delivered] = []  # while the next forward is not running yet
         self._cached: set[str] = set()  # sessions that the engine may hold a cache of
         self._wake = asyncio.Event()
-        self._num_steps = 0
+        self._num_collections = 0
         self._num_evicted = 0  # as far as counted
         self._idle_since: float | None = None  # when the last forward ended; None once the worker has slept
         self._uncounted: StepReport | None = None  # counting waits until the next forward runs
         self._thread = EngineThread("engine")
+        self._log = _log.bind()  # or each event would bind it anew
 
     def __repr__(self) -> str:
         return f"<Worker {self._table!r}>"
@@ -184,8 +186,9 @@ class Worker:
         running = self._thread.start(partial(self._forward, effects, batch))
         self._deliver()
         self._count()
-        self._num_steps += 1
-        gc.collect(1 if self._num_steps % _STEPS_TO_FULL_COLLECTION else 2)
+        if gc.get_count()[0] >= _YOUNG_OBJECTS:
+            self._num_collections += 1
+            gc.collect(1 if self._num_collections % _FULL_COLLECTION_EVERY else 2)
         forwarded = await running
         self._cached -= {effect.session_id for effect in effects if isinstance(effect, Release)} - used
         if not batch:
@@ -294,7 +297,7 @@ class Worker:
             report, self._uncounted = self._uncounted, None
             self._metrics.stepped(report)
             verify_ms = round(report.verify_ms, 1)
-            _log.debug("step", sessions=report.sessions, committed=report.num_committed, verify_ms=verify_ms)
+            self._log.debug("step", sessions=report.sessions, committed=report.num_committed, verify_ms=verify_ms)
         metrics, ledger, live = self._metrics, self._table.ledger, self._table.sessions
         metrics.sessions.set(len(live))
         metrics.parked_sessions.set(ledger.num_parked)
@@ -322,20 +325,36 @@ def _report(
     verify_ms: float,
     outside_ms: float | None,
 ) -> StepReport:
-    sent = [effect.message for effect in effects if isinstance(effect, Send)]
-    commits = [message for message in sent if isinstance(message, Commit)]
-    # The last committed token's row counts with what it is evaluated for.
-    num_selected = [len(rows.tokens) - rows.first_selected for rows in batch]
+    prefill_rows = draft_rows = self_decode_rows = 0
+    for rows in batch:
+        prefill_rows += rows.first_selected
+        # The last committed token's row counts with what it is evaluated for.
+        num_selected = len(rows.tokens) - rows.first_selected
+        if num_selected > 1:
+            draft_rows += num_selected
+        else:
+            self_decode_rows += num_selected
+    num_drafted = num_accepted = num_recycled = num_committed = num_commits = 0
+    queue_ms = 0.0
+    for effect in effects:
+        if isinstance(effect, Send) and isinstance(effect.message, Commit):
+            commit = effect.message
+            num_drafted += commit.num_drafted
+            num_accepted += commit.num_accepted
+            num_recycled += commit.num_recycled
+            num_committed += len(commit.tokens)
+            queue_ms += commit.queue_ms
+            num_commits += 1
     return StepReport(
         sessions=len(batch),
-        prefill_rows=sum(rows.first_selected for rows in batch),
-        draft_rows=sum(count for count in num_selected if count > 1),
-        self_decode_rows=num_selected.count(1),
-        num_drafted=sum(commit.num_drafted for commit in commits),
-        num_accepted=sum(commit.num_accepted for commit in commits),
-        num_recycled=sum(commit.num_recycled for commit in commits),
-        num_committed=sum(len(commit.tokens) for commit in commits),
-        queue_ms=sum(commit.queue_ms for commit in commits) / max(len(commits), 1),
+        prefill_rows=prefill_rows,
+        draft_rows=draft_rows,
+        self_decode_rows=self_decode_rows,
+        num_drafted=num_drafted,
+        num_accepted=num_accepted,
+        num_recycled=num_recycled,
+        num_committed=num_committed,
+        queue_ms=queue_ms / max(num_commits, 1),
         schedule_ms=schedule_ms,
         verify_ms=verify_ms,
         outside_ms=outside_ms,

@@ -34,7 +34,7 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A draft engine, and what makes a request of a question: its text, or the number of a recorded or instant session."""
+    """A draft engine, and what makes a request of a question: its text, or the number of a session without a model."""
 
     engine: DraftEngine
     vocabulary: Vocabulary

@@ -92,7 +92,7 @@ class Calibration:
     def reach(self, confidences: Iterable[int]) -> float:
         """The probability that a whole path with these confidences is accepted."""
         ranges = bytes(confidences).translate(_RANGES)  # counted: a path may be long, and ranges are few
-        return prod([chance ** ranges.count(index) for index, chance in enumerate(self.table)])
+        return prod([self.table[index] ** ranges.count(index) for index in set(ranges)])
 
     def carried(self) -> "Calibration":
         """What the next session with the same draft begins with: this, soon outweighed by its own tokens."""

@@ -75,7 +75,7 @@ class SessionTable:
         self._streams: dict[int, _Stream] = {}
         self._stream_of: dict[str, int] = {}  # of each live session, by its key
         self._planned: list[CloudSession] = []
-        self._decided: tuple[CloudSession, Allotment] | None = None  # at a commit; stands until there is news
+        self._decided: tuple[CloudSession, Offer, Allotment] | None = None  # at a commit; stands until there is news
         self._room_at = inf  # at the last plan the cache had no room for somebody: when it may have
         self._checked_at = 0.0
 
@@ -130,28 +130,22 @@ class SessionTable:
         if self._planned:
             raise LocalProtocolError("planned a step while one is in flight")
         decided, self._decided = self._decided, None
-        offered: list[tuple[CloudSession, Offer]] = []
-        for session in self.ledger.live:
-            offer = session.offer(now)
-            if offer is not None:
-                if session.is_suspect:
-                    offered = [(session, offer)]
-                    break
-                offered.append((session, offer))
+        is_decided = decided is not None and len(self.ledger.live) == 1
+        offered = [decided[:2]] if decided and is_decided else self._offers(now)
         plan = Plan([], [])
+        self._room_at = inf
         if not offered:
-            self._room_at = inf
             return plan
-        if len(offered) == 1:
-            ((session, offer),) = offered
-            offer.recycled = session.recycle()
-            is_decided = decided is not None and decided[0] is session
-            allotment = decided[1] if decided and is_decided else self._allot_alone(session, offer, now, may_ask=False)
-        else:
+        session, offer = offered[0]
+        if len(offered) > 1:
             allotment = self._policy.allot([offer for _, offer in offered])
+        elif decided is not None and decided[0] is session:
+            session.recycle()  # in case it was asked for its offer anew
+            allotment = decided[2]
+        else:
+            allotment = self._allot_alone(session, offer, now, may_ask=False)
         if allotment.hold_ms:
             session.hold(now + allotment.hold_ms / 1000)
-        self._room_at = inf
         for (session, offer), num_rows in zip(offered, allotment.rows, strict=True):
             if not num_rows:
                 continue
@@ -218,15 +212,25 @@ class SessionTable:
         times += [self._room_at] if self._room_at < inf else []
         return min(times, default=None)
 
+    def _offers(self, now: float) -> list[tuple[CloudSession, Offer]]:
+        """Of all sessions that have something to do; of a suspect one alone, if there is one."""
+        offered: list[tuple[CloudSession, Offer]] = []
+        for session in self.ledger.live:
+            offer = session.offer(now)
+            if offer is not None:
+                if session.is_suspect:
+                    return [(session, offer)]
+                offered.append((session, offer))
+        return offered
+
     def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:
         """With what is decided of the next steps: what one waits for, so that it is sent, and when they will begin."""
         is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
         offer = session.offer(now) if is_alone else None
         if offer is None:
             return commit
-        offer.recycled = session.recycle()
         allotment = self._allot_alone(session, offer, now, may_ask=True)
-        self._decided = session, allotment
+        self._decided = session, offer, allotment
         hold_tokens = max(allotment.asked_tokens - session.pending_siblings, 0)
         if allotment.hold_ms or offer.outlook is None:  # it is not decided, or the edge does not draft yet
             return replace(commit, hold_tokens=hold_tokens, is_holding=allotment.hold_ms > 0.0)
@@ -242,6 +246,7 @@ class SessionTable:
         return Send(number, commit)
 
     def _allot_alone(self, session: CloudSession, offer: Offer, now: float, *, may_ask: bool) -> Allotment:
+        offer.recycled = session.recycle()
         offer.outlook = session.outlook(now, may_ask=may_ask)
         return self._policy.allot([offer])
 

@@ -54,6 +54,8 @@ class PathSiblings:
 
         None: it was right all along. `is_accepted`: the verifier had a sibling for it.
         """
+        if not self._at:
+            return
         tokens, confidences = self._at.get(position, ((), b""))
         if token is not None and tokens:
             rank = tokens.index(token) if token in tokens else len(tokens)

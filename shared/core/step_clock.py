@@ -123,12 +123,13 @@ class StepClock:
             step_ms = durations[rows] if rows in durations else self._expected_ms(rows)
             began += step_ms / 1000
             length += drafts + 1
-            if began > now:
+            if began > now or not step_ms:
                 break
         return NextStep(max(began - now, 0.0) * 1000, step_ms, max(sent_len - length, 0))
 
     def _learn(self, commit: Commit) -> None:
         step_ms = commit.verify_ms + (0.0 if self._is_awaited else commit.queue_ms)
+        step_ms = step_ms or self.interval_ms  # they come in whole ms
         rows = commit.num_drafted or self._next_rows or 0  # without drafts they were the verifier's own guesses
         error_ms = abs(step_ms - self._step_ms.get(rows, step_ms))
         self.error_ms += _GAIN * (error_ms - self.error_ms)

@@ -33,9 +33,9 @@ class Transcript:
             effects.append(Retract(differs_at))
             self.shown_len = differs_at
         if self.shown_len < end:
-            accepted_end = commit.start + commit.num_accepted
-            places = range(self.shown_len, end)
-            provenance = tuple(Provenance.ACCEPTED if p < accepted_end else Provenance.CLOUD for p in places)
+            num_accepted = max(commit.start + commit.num_accepted - self.shown_len, 0)
+            num_cloud = end - self.shown_len - num_accepted
+            provenance = (Provenance.ACCEPTED,) * num_accepted + (Provenance.CLOUD,) * num_cloud
             effects.append(Emit(self.shown_len, log.tokens(self.shown_len, end), provenance))
             self.shown_len = end
         return effects

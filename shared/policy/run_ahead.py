@@ -29,7 +29,7 @@ _SAMPLE_EVERY_TOKENS = 64  # committed ones
 _SAMPLE_TOKENS = 16
 _WRONG_SAMPLE_EVERY_TOKENS = 16  # of wrong drafts, one each; about so many has the engine to read if the link drops
 _CHUNK_MS = 4.0  # a commit must not wait for a long draft call
-_MOST_CHUNK = 32
+_CHUNK_TOKENS, _SPARE_CHUNK_TOKENS = 8, 32  # and are more where no step lacks any
 _WINDOW_PARTS = 8  # a window that is nearly full is filled by so large a part, where a call drafts so many at once
 _SAFETY_MS = 1.5  # land this long before the step, and
 _SAFETY_JITTERS = 2.0  # as many times the jitter: too early loses a token or two, too late a step
@@ -118,8 +118,9 @@ class RunAhead:
             return 1
         left_ms = seen.until_step_ms - self._safety_ms(seen)
         in_time = int((min(left_ms, _CHUNK_MS) if left_ms > 0.0 else _CHUNK_MS) / seen.draft_ms)
+        most = _SPARE_CHUNK_TOKENS if seen.spare_tokens >= _SPARE_TOKENS else _CHUNK_TOKENS
         lacking = seen.awaited_tokens - seen.unsent_tokens
-        return max(1, min(_MOST_CHUNK, in_time, lacking if lacking > 0 else _MOST_CHUNK))
+        return max(1, min(most, in_time, lacking if lacking > 0 else most))
 
     def _safety_ms(self, seen: DraftObservation) -> float:
         return _SAFETY_MS + _SAFETY_JITTERS * seen.jitter_ms

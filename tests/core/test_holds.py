@@ -46,6 +46,12 @@ def test_outlook_is_what_the_edge_told_and_what_was_seen() -> None:
     assert [after.next_ms, after.asked_ms] == pytest.approx([45.0, 40.0])
 
 
+def test_outlook_counts_the_drafts_for_which_a_step_has_no_room() -> None:
+    session = told(session_of())
+    session.drafted(draft_on(session, *range(5, 12)), now=0.1)  # a step takes four of them
+    assert outlook(session, now=0.1).further_tokens == 3
+
+
 def test_siblings_are_no_part_of_the_path_that_is_to_come() -> None:
     session = told(session_of())
     session.drafted(draft_on(session, 5, 6), now=0.1)

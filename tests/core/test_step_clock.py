@@ -211,3 +211,20 @@ def test_commits_of_very_short_steps_pay_for_a_part_of_a_message() -> None:
 
 def test_far_future_is_not_played_through() -> None:
     assert clock_of(_0=0.001).next_step(5, 5, now=9.0).until_ms == 0.0
+
+
+def test_step_of_less_than_a_millisecond_takes_as_long_as_commits_are_apart() -> None:
+    clock = StepClock()
+    for number in range(100):
+        committed(clock, 4, 0.0, now=1.0 + number * 0.001)
+    clock.sent(1005, is_awaited=False, now=1.0)
+    step = clock.next_step(5, 1005, now=1.0992)
+    assert step.step_ms == pytest.approx(1.0)
+    assert step.until_ms == pytest.approx(0.8)
+    assert step.spare_tokens == 1000 - 21 * 5  # those of a round trip, and of the step that goes on
+
+
+def test_first_step_of_less_than_a_millisecond_says_nothing_of_the_next_ones() -> None:
+    clock = StepClock()
+    committed(clock, 0, 0.0, now=1.0)
+    assert clock.next_step(5, 105, now=1.0) == NextStep(0.0, 0.0, 99)

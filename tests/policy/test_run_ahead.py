@@ -46,6 +46,21 @@ def test_chunk_ends_when_a_message_is_due_and_with_what_is_awaited() -> None:
     assert RunAhead().draft_tokens(replace(fast, awaited_tokens=5, unsent_tokens=4, ahead_tokens=4)) == 1
 
 
+def test_chunks_are_larger_where_steps_have_drafts_to_spare() -> None:
+    fast = replace(SEEN, acceptance=0.98, draft_ms=0.05)
+    assert RunAhead().draft_tokens(replace(fast, spare_tokens=16)) == 32
+    assert RunAhead().draft_tokens(replace(fast, spare_tokens=15)) == 8
+    assert RunAhead().draft_tokens(replace(fast, spare_tokens=16, draft_ms=0.5)) == 8  # it would take too long
+
+
+def test_window_that_is_nearly_full_is_filled_by_a_chunk_and_not_by_each_commit_again() -> None:
+    full = replace(SEEN, acceptance=0.98, draft_ms=0.05, max_ahead=256)
+    assert RunAhead().draft_tokens(replace(full, ahead_tokens=43)) == 0
+    assert RunAhead().draft_tokens(replace(full, ahead_tokens=42)) == 6
+    assert RunAhead().draft_tokens(replace(full, ahead_tokens=43, awaited_tokens=5)) == 5  # somebody waits for them
+    assert RunAhead().draft_tokens(replace(full, ahead_tokens=47, draft_ms=8.0)) == 1  # each takes its time
+
+
 @pytest.mark.parametrize(
     ("acceptance", "depth"),
     [(0.0, 0), (0.09, 0), (0.11, 2), (0.2, 3), (0.5, 6), (0.8, 16), (0.98, 48), (0.999, 48), (1.0, 48)],

@@ -64,6 +64,29 @@ def test_drafts_at_hand_are_verified_when_no_more_will_come_for_long() -> None:
     assert STEEP.choose(sure(0.97, 4), stopped).drafts == 4
 
 
+def test_drafts_that_are_here_beyond_those_on_offer_are_not_waited_for() -> None:
+    """The next ones come late, but behind those: until then decoding was taken to be faster than verifying drafts."""
+    cheap = StepRule([0.051, 0.051, 0.052, 0.053, 0.054, 0.055])
+    stopped = Outlook(1.0, 0.02, 4.0, 0, next_ms=60.0, asked_ms=4.0, most_drafts=4)
+    assert cheap.choose([1.0] * 4, stopped).drafts == 0
+    assert cheap.choose([1.0] * 4, replace(stopped, further_tokens=100)) == Choice(4, 0.0, 0)
+
+
+@pytest.mark.parametrize("further", [2, 10, 17, 100])
+def test_step_has_no_more_drafts_than_pay_however_many_are_here(further: int) -> None:
+    many = replace(AFTER_BREAK, acceptance=0.97, next_ms=1.0, further_tokens=further)
+    assert FLAT.choose(sure(0.995, 16), many).drafts == 16
+    assert FLAT.choose(sure(0.995, 16), replace(many, most_drafts=3)).drafts == 3
+    jump = StepRule([*[30.0] * 9, *[90.0] * 9])  # 1 + 7 rows cost as much as one
+    assert jump.choose(sure(0.995, 16), many).drafts == 7
+
+
+def test_drafts_on_offer_are_not_needed_for_some_to_be_here() -> None:
+    """The text ends with the next token: there is room for no draft."""
+    ending = replace(AFTER_BREAK, most_drafts=0, further_tokens=100)
+    assert FLAT.choose([], ending) == Choice(0, 0.0, 0)
+
+
 def test_drafts_are_verified_before_a_pause_longer_than_an_answer_takes() -> None:
     """They are dear here; but verified drafts keep the path, while decoding would fill the pause no sooner."""
     paused = Outlook(0.97, 5.0, 50.0, 0, next_ms=400.0, asked_ms=0.0, most_drafts=DRAFTS)
