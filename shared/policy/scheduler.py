@@ -67,8 +67,12 @@ class BestRate:
 
     def allot(self, offers: Sequence[Offer]) -> Allotment:
         """See `StepPolicy`."""
-        if len(offers) == 1 and offers[0].outlook is not None and not offers[0].prefill_rows:
-            return self._allot_one(offers[0], offers[0].outlook)
+        if len(offers) == 1 and not offers[0].prefill_rows:
+            offer = offers[0]
+            if offer.outlook is not None:
+                return self._allot_one(offer, offer.outlook)
+            if offer.decodes is not Decodes.NEVER:
+                return Allotment([1 + self._step_rule.fastest(offer.worth)])
         return Allotment(self._allot_shared(offers))
 
     def _allot_one(self, offer: Offer, outlook: Outlook) -> Allotment:

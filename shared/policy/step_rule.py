@@ -116,7 +116,7 @@ class StepRule:
 
     def __init__(self, cost: Sequence[float] | _Floats) -> None:
         self._cost: _Floats = np.asarray(cost, dtype=np.float64)
-        self._draft_ms: list[float] = self._cost[2:].tolist()  # a step with 1, 2, ... drafts
+        self._step_ms: list[float] = self._cost[1:].tolist()  # of one with 0, 1, ... drafts
         self._drafts = np.arange(len(self._cost) - 1)
         self._decodes = np.arange(_MOST_DECODES + 1)
         self._until = self._decodes[:, None] + self._drafts  # (s, n): tokens of the path up to the plan's end
@@ -134,8 +134,9 @@ class StepRule:
         Then there must be one, or at least one for which the step has room.
         """
         pending = len(worth) + outlook.further_tokens
-        if worth and worth[-1] >= _NEARLY_SURE and pending > 2 * len(self._drafts):  # nothing is lacking for long
-            return Choice(self._fastest(worth[: outlook.most_drafts]), 0.0, outlook.asked_tokens)
+        if worth and worth[-1] >= _NEARLY_SURE and pending > len(self._drafts):  # this step and its path lack nothing
+            drafts = self.fastest(worth[: outlook.most_drafts])
+            return Choice(drafts if may_decode else max(drafts, 1), 0.0, outlook.asked_tokens)
         reachable = self._solve(outlook)
         reach = self._reach(worth, outlook)
         drafted_ms = self._drafted_ms(pending, outlook.next_ms, outlook.draft_ms)
@@ -161,6 +162,16 @@ class StepRule:
         asked = max(asked, outlook.asked_tokens)  # what was asked for is on its way
         return Choice(0, 0.0, asked) if decodes else Choice(drafts, float(asked_ms[drafts]), asked)
 
+    def fastest(self, worth: Sequence[float]) -> int:
+        """How many of these drafts to verify for the most tokens per ms of this step alone."""
+        best, tokens = 0, 1.0
+        most = tokens / self._step_ms[0]
+        for drafts, (reach, cost_ms) in enumerate(zip(worth, self._step_ms[1:], strict=False), 1):
+            tokens += reach
+            if tokens / cost_ms > most:
+                best, most = drafts, tokens / cost_ms
+        return best
+
     def recycled_rows(self, worth: Sequence[float], outlook: Outlook) -> int:
         """How many recycled rows of this worth a decode step should carry: as long as each is worth its time."""
         if not worth or worth[0] < _LEAST_RECYCLED:
@@ -168,15 +179,6 @@ class StepRule:
         cost = self._cost[1 : 2 + len(worth)]
         gains = np.cumsum([0.0, *worth[: len(cost) - 1]]) - self._solve(outlook).rate * cost
         return int(gains.argmax())
-
-    def _fastest(self, worth: Sequence[float]) -> int:
-        """How many of these drafts to verify, at least one, for the most tokens per ms of this step."""
-        best, most, tokens = 0, 0.0, 1.0
-        for drafts, (reach, cost_ms) in enumerate(zip(worth, self._draft_ms, strict=False), 1):
-            tokens += reach
-            if tokens / cost_ms > most:
-                best, most = drafts, tokens / cost_ms
-        return best
 
     def _solve(self, outlook: Outlook) -> _Reachable:
         """The rate at which the best plan after a break is worth nothing more than its time."""
