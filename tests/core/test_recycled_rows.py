@@ -156,10 +156,13 @@ def test_guessed_stop_token_ends_the_text() -> None:
 
 
 @pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7, 8)), (30.0, (9,))])
-def test_table_grants_a_lone_session_the_rows_that_pay(row_ms: float, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("others", [0, 1])
+def test_table_grants_a_lone_session_the_rows_that_pay(row_ms: float, expected: tuple[int, ...], others: int) -> None:
     settings = replace(tables.SETTINGS, session=replace(tables.CLOUD, self_decode=SelfDecode.IDLE))
     table = SessionTable(settings, BestRate(lambda rows: 30.0 + row_ms * (rows - 1), 64))
     tables.opened(table, 1)
+    if others:  # whose text ends with the first step
+        tables.opened(table, 2, replace(tables.OPEN, session_id="other", max_new_tokens=1))
     tables.step(table, 4)
     table.receive(1, Heartbeat(0, 4, draft_ms=20.0, rtt_ms=150.0), now=0.0)
     table.receive(1, Draft(4, TokenLog((1, 2, 3, 4)).hash_at(4), (5, 6, 7, 8)), now=0.0)

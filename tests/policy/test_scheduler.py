@@ -108,6 +108,18 @@ def test_good_drafts_get_more_and_nobody_starves() -> None:
 SOON = Outlook(acceptance=0.8, draft_ms=1.0, rtt_ms=8.0, unknown_tokens=0, next_ms=9.0, asked_ms=8.0, most_drafts=16)
 
 
+@pytest.mark.parametrize("slope_ms", [0.0, 1.0, 10.0, 20.0])
+@pytest.mark.parametrize("decodes", [Decodes.FREELY, Decodes.SPARE])
+def test_session_alone_of_which_nothing_is_told_gets_the_rows_of_the_best_rate(
+    slope_ms: float, decodes: Decodes
+) -> None:
+    policy = BestRate(lambda rows: 30.0 + slope_ms * rows, 64)
+    alone = offer(*(0.8 ** (depth + 1) for depth in range(8)), decodes=decodes)
+    nobody = offer(decodes=Decodes.NEVER)  # beside whom it is chosen as of several
+    assert policy.allot([alone]).rows[0] == policy.allot([alone, nobody]).rows[0]
+    assert policy.allot([offer(decodes=decodes)]).rows == [1]
+
+
 def test_session_alone_is_held_for_drafts_that_are_worth_it() -> None:
     policy = BestRate(lambda rows: 30.0 + rows, 64)
     allotment = policy.allot([replace(offer(), outlook=SOON)])
