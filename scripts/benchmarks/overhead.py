@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.instant import CONTEXT_TOKENS, PROMPT_LEN, TEXT
 from benchmarks.processes import BenchError, edge, machine, verifier
 
+MOST_TOKENS = 60_000  # of an answer; the context holds prompt and drafts, too
 # Engines that take no time need no pacing, and would stop at bounds that are meant for real ones. Four drafts a step
 # are what a good draft gets from a real target; with more, a commit costs more and a token less.
 EDGE = {"speculation.message_interval_ms": 0, "speculation.max_ahead_tokens": 256}
