@@ -81,6 +81,7 @@ class Worker:
         self._settings = settings
         self._policy = policy
         self._metrics = metrics
+        metrics.kv_blocks.set(settings.cache_blocks)
         self._clock = clock
         self._table = SessionTable(settings, policy)
         self._outboxes: dict[int, Outbox] = {}
@@ -302,9 +303,9 @@ class Worker:
         metrics.sessions.set(len(live))
         metrics.parked_sessions.set(ledger.num_parked)
         metrics.kv_blocks_used.set(ledger.used_blocks)
-        metrics.kv_blocks.set(self._settings.cache_blocks)
-        metrics.evictions.inc(ledger.num_evicted - self._num_evicted)
-        self._num_evicted = ledger.num_evicted
+        if ledger.num_evicted > self._num_evicted:
+            metrics.evictions.inc(ledger.num_evicted - self._num_evicted)
+            self._num_evicted = ledger.num_evicted
         for session in self._stale_tokens.keys() | live:
             if session not in self._stale_tokens:
                 _log.debug("session opened", session=session.key, tokens=len(session.log), cached=session.cached_len)

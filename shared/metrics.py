@@ -80,13 +80,17 @@ class VerifierMetrics:
     def stepped(self, report: StepReport) -> None:
         """Count a step and observe how long its parts took."""
         self.steps.inc()
-        self._prefill_rows.inc(report.prefill_rows)
-        self._draft_rows.inc(report.draft_rows)
-        self._self_decode_rows.inc(report.self_decode_rows)
-        self.drafted_tokens.inc(report.num_drafted)
-        self.accepted_tokens.inc(report.num_accepted)
-        self.recycled_tokens.inc(report.num_recycled)
-        self.committed_tokens.inc(report.num_committed)
+        for counter, count in (
+            (self._prefill_rows, report.prefill_rows),
+            (self._draft_rows, report.draft_rows),
+            (self._self_decode_rows, report.self_decode_rows),
+            (self.drafted_tokens, report.num_drafted),
+            (self.accepted_tokens, report.num_accepted),
+            (self.recycled_tokens, report.num_recycled),
+            (self.committed_tokens, report.num_committed),
+        ):
+            if count:  # most steps have some of these only
+                counter.inc(count)
         self.step_rows.observe(report.prefill_rows + report.draft_rows + report.self_decode_rows)
         self.step_sessions.observe(report.sessions)
         self.step_duration_s.observe(report.verify_ms / 1000)

@@ -8,9 +8,9 @@ from typing import Protocol
 BURST_MESSAGES = 6  # a pace is kept over so many
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DraftObservation:
-    """What the run-ahead policy decides on. Durations in ms.
+    """What the run-ahead policy decides on; not frozen, because each input makes one. Durations in ms.
 
     How good drafts are: `acceptance` is the probability that one more token of a path that stands is right, `reach`
     that all of the own path is, `use` the part of what was drafted lately that a step accepted; `was_right` says
