@@ -102,6 +102,7 @@ class Fleet:
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
+        require_steps(report, sessions, cpu_s / (ended - began))
         return self._judge(edges, began, ended, cpu_s, report)
 
     def _judge(self, edges: list[FleetEdge], began: float, ended: float, cpu_s: float, report: dict[str, Any]) -> Load:
@@ -120,6 +121,15 @@ class Fleet:
             refused=sum(edge.refusal is not None for edge in edges),
             fleet_cpu=cpu_s / (ended - began),
             server=report,
+        )
+
+
+def require_steps(report: dict[str, Any], sessions: int, fleet_cpu: float) -> None:
+    """Raise `BenchError` where the verifier had nothing to do: the edges, which share a core here, had all lost it."""
+    if not report["steps"]:
+        raise BenchError(
+            f"{sessions} edges are too many for the one core that they share here ({fleet_cpu:.0%} busy): all of them "
+            "lost the verifier; give fewer --sessions"
         )
 
 
