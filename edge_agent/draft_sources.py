@@ -23,9 +23,10 @@ class DraftSources:
     def committed(self, start: int, tokens: Sequence[int]) -> None:
         """The verifier's tokens from position `start` on."""
         for position, token in enumerate(tokens, start):
-            if position not in self._drafted:
+            found = self._drafted.pop(position, None)
+            if found is None:
                 continue
-            drafted, source = self._drafted.pop(position)
+            drafted, source = found
             counts = self._judged.setdefault(source, [0, 0])
             counts[0] += drafted == token
             counts[1] += 1

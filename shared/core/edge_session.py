@@ -163,15 +163,18 @@ class EdgeSession:
         """When to call `tick`; None: not until something happens."""
         if self.phase is Phase.DONE:
             return None
-        times = [self._dialler.next_at, self._dialler.give_up_at, self._hold_until]
-        times += [self._patience_until] if self.path.is_exhausted and self._shows_local else []
+        times = [
+            time for time in (self._dialler.next_at, self._dialler.give_up_at, self._hold_until) if time is not None
+        ]
         if self._is_up:
-            times += [self.link.stalled_at, self._patience_until, self.link.next_heartbeat_at, self._send_at]
-        return min((time for time in times if time is not None), default=None)
+            times += (self.link.stalled_at, self._patience_until, self.link.next_heartbeat_at, self._send_at)
+        elif self.path.is_exhausted and self._shows_local:
+            times.append(self._patience_until)
+        return min(times, default=None)
 
     @property
     def _is_up(self) -> bool:
-        return self.phase in (Phase.OPENING, Phase.LINKED)
+        return self.phase is Phase.LINKED or self.phase is Phase.OPENING
 
     @property
     def _shows_local(self) -> bool:
