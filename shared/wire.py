@@ -387,7 +387,7 @@ def _integer(name: str, value: int, *, minimum: int = 0, limit: int = _INT_LIMIT
 
 def _durations(name: str, wire: Iterable[float]) -> tuple[float, ...]:
     durations = tuple(wire)
-    if durations and not all(0 < duration_ms < math.inf for duration_ms in durations):
+    if not all(0 < duration_ms < math.inf for duration_ms in durations):
         raise RemoteProtocolError(f"{name} is {list(durations)}, not durations")
     return durations
 

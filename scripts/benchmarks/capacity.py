@@ -125,11 +125,11 @@ class Fleet:
 
 
 def require_steps(report: dict[str, Any], sessions: int, fleet_cpu: float) -> None:
-    """Raise `BenchError` where the verifier had nothing to do: the edges, which share a core here, had all lost it."""
+    """Raise `BenchError` where the verifier made no step: mostly because the edges, which share a core, all lost it."""
     if not report["steps"]:
         raise BenchError(
-            f"{sessions} edges are too many for the one core that they share here ({fleet_cpu:.0%} busy): all of them "
-            "lost the verifier; give fewer --sessions"
+            f"the verifier made no step for {sessions} edges, whose one core was {fleet_cpu:.0%} busy; "
+            "give fewer --sessions or more --seconds"
         )
 
 

@@ -16,8 +16,8 @@ TEXT = tuple([1 + position * 7919 % 997 for position in range(CONTEXT_TOKENS)]) 
 _STEP_MS, _ROW_MS = 0.05, 0.001  # a rule that compares durations needs some
 
 
-class InstantTarget:
-    """A `TargetEngine` without a cache; it takes drafts in chains only."""
+class _Instant:
+    """What target and draft have in common."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -28,6 +28,10 @@ class InstantTarget:
     def fingerprint(self) -> Fingerprint:
         """Nobody else's."""
         return FINGERPRINT
+
+
+class InstantTarget(_Instant):
+    """A `TargetEngine` without a cache; it takes drafts in chains only."""
 
     @property
     def limits(self) -> TargetLimits:
@@ -55,21 +59,11 @@ class InstantTarget:
         return _STEP_MS + _ROW_MS * rows
 
 
-class InstantDraft:
+class InstantDraft(_Instant):
     """A `DraftEngine` that remembers how long its text is."""
 
     def __init__(self) -> None:
         self._length = 0
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """No trees."""
-        return Capabilities(can_rollback=True, can_tree=False, max_context=CONTEXT_TOKENS)
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """The target's."""
-        return FINGERPRINT
 
     def reset(self, tokens: Sequence[int], sampling: Sampling, prompt_len: int) -> None:
         """See `DraftEngine`."""

@@ -18,7 +18,7 @@ VERIFIER = {
     "speculation.window_tokens": 4096,
     "target.context_tokens": CONTEXT_TOKENS,
     "speculation.max_draft_rows": 4,
-    "limits.max_new_tokens": 65_536,
+    "limits.max_new_tokens": MOST_TOKENS,
 }
 
 

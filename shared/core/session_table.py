@@ -130,8 +130,8 @@ class SessionTable:
         if self._planned:
             raise LocalProtocolError("planned a step while one is in flight")
         decided, self._decided = self._decided, None
-        is_decided = decided is not None and len(self.ledger.live) == 1
-        offered = [decided[:2]] if decided and is_decided else self._offers(now)
+        is_alone = len(self.ledger.live) == 1
+        offered = [decided[:2]] if decided and is_alone else self._offers(now)
         plan = Plan([], [])
         self._room_at = inf
         if not offered:
