@@ -68,7 +68,7 @@ class VerifierMetrics:
         )
         self.drafted_tokens = counter("drafted_tokens", "Draft tokens evaluated")
         self.accepted_tokens = counter("accepted_tokens", "Draft tokens accepted")
-        self.recycled_tokens = counter("recycled_tokens", "Tokens guessed by the verifier from rejected drafts")
+        self.recycled_tokens = counter("recycled_tokens", "Tokens guessed by the verifier itself")
         self.committed_tokens = counter("committed_tokens", "Tokens committed")
         self.step_rows = histogram("step_rows", "Rows of a step, of every kind", _COUNT_BUCKETS)
         self.step_sessions = histogram("step_sessions", "Sessions served by a step", _COUNT_BUCKETS)

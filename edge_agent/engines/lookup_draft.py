@@ -23,6 +23,7 @@ from edge_agent.engines.row_costs import MeasurableDraft, RowCosts
 from shared.core.errors import LocalProtocolError
 from shared.core.match_chances import MatchChances, TextChances
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.prompt_lookup import COPY_CHANCES
 from shared.core.rejected_path import RejectedPath
 from shared.core.siblings import Siblings
 from shared.engine import MODEL_SOURCE, Capabilities, DraftEngine, Proposal
@@ -90,7 +91,7 @@ class LookupDraft:
         self._tokens: list[int] = []
         self._ready: list[tuple[int, float, str, Siblings]] = []  # token, confidence, source, siblings
         self._rejected = RejectedPath()
-        self._copy_chances = TextChances(ngram.CHANCES)
+        self._copy_chances = TextChances(COPY_CHANCES)
 
     def __repr__(self) -> str:
         guessed = f"{self._rejected!r}" if self._lookup is None else f"{self._rejected!r}, {self._lookup!r}"

@@ -1,9 +1,7 @@
-"""Drafts without a model: what followed when the text last looked like this.
+"""Drafts without a model: what followed when the text last looked like this (`shared.core.prompt_lookup`).
 
-Known as prompt lookup or n-gram speculation (Saxena 2023; Yang et al., "Inference with Reference", arXiv 2304.04487).
-Summaries, answers about a document, code and lists repeat their prompt and themselves. It costs microseconds, so it
-drafts alone where no model fits on the device, or tells a model draft what to check (`lookup_draft`). A file of texts
-that the user wrote or read before can be searched, too; it stays on the device.
+It costs microseconds, so it drafts alone where no model fits on the device, or tells a model draft what to check
+(`lookup_draft`). A file of texts that the user wrote or read before can be searched, too; it stays on the device.
 """
 
 from collections.abc import Sequence
@@ -11,56 +9,10 @@ from collections.abc import Sequence
 from shared.core.errors import LocalProtocolError
 from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.prompt_lookup import COPY_CHANCES, TokenIndex
 from shared.engine import Capabilities, Proposal
 
 SOURCE = "ngram"
-_KEY_TOKENS = 2  # what a single token was followed by is right one time in five
-_TRIED = 32  # of the places that end alike, the latest
-# How often a token is right by the length of its match: greedy answers of SmolLM2-135M to 49 prompts of Spec-Bench.
-CHANCES = (0.0, 0.2, 0.5, 0.6, 0.65, 0.7, 0.75, *[0.8] * 7, *[0.9] * 2, 0.95)
-_LONGEST_MATCH = len(CHANCES) - 1
-
-
-class TokenIndex:
-    """Tokens, and for each pair of neighbours the positions behind it."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._ends: dict[tuple[int, ...], list[int]] = {}
-
-    def __repr__(self) -> str:
-        return f"<TokenIndex {len(self.tokens)} tokens>"
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens."""
-        for token in tokens:
-            self.tokens.append(token)
-            if len(self.tokens) >= _KEY_TOKENS:
-                self._ends.setdefault(tuple(self.tokens[-_KEY_TOKENS:]), []).append(len(self.tokens))
-
-    def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on."""
-        while len(self.tokens) > length:
-            if len(self.tokens) >= _KEY_TOKENS:
-                self._ends[tuple(self.tokens[-_KEY_TOKENS:])].pop()
-            self.tokens.pop()
-
-    def find(self, text: Sequence[int]) -> tuple[int, int]:
-        """Where here the longest end of `text` was followed by something, the latest such place: (length, position).
-
-        The length is 0 where not even the last two tokens occur.
-        """
-        best = (0, 0)
-        for end in reversed(self._ends.get(tuple(text[-_KEY_TOKENS:]), [])[-_TRIED - 1 :]):
-            if end == len(self.tokens):
-                continue  # nothing follows, or this is the end of the text itself
-            length = _KEY_TOKENS
-            limit = min(_LONGEST_MATCH, len(text), end)
-            while length < limit and self.tokens[end - 1 - length] == text[-1 - length]:
-                length += 1
-            if length > best[0]:
-                best = (length, end)
-        return best
 
 
 class NgramDraft:
@@ -76,7 +28,7 @@ class NgramDraft:
         self._session = TokenIndex()
         self._past = TokenIndex()
         self._past.extend(past_texts)
-        self._chances = MatchChances(CHANCES)
+        self._chances = MatchChances(COPY_CHANCES)
         self._unjudged: list[tuple[int, int]] = []  # copied tokens: position, length of match
 
     def __repr__(self) -> str:
@@ -104,17 +56,9 @@ class NgramDraft:
 
     def guess(self, n: int) -> tuple[int, tuple[int, ...]]:
         """The length of the longest match, and up to `n` tokens that followed it; nothing is appended."""
-        text, index = self._session.tokens, self._session
-        length, start = index.find(text)
-        past_length, past_start = self._past.find(text)
-        if past_length > length:
-            index, length, start = self._past, past_length, past_start
-        if not length:
-            return 0, ()
-        guess = index.tokens[start : start + n]
-        while index is self._session and len(guess) < n:
-            guess.append(guess[len(guess) - (len(text) - start)])  # it runs into itself: a repetition
-        return length, tuple(guess)
+        length, tokens = self._session.guess(n)
+        past_length, start = self._past.find(self._session.tokens)
+        return (past_length, tuple(self._past.tokens[start : start + n])) if past_length > length else (length, tokens)
 
     def propose(self, n: int) -> Proposal:
         """Draft up to `n` tokens after the list and append them to it; none where nothing like it was seen before."""

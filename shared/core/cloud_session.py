@@ -27,7 +27,8 @@ decodes: an edge that cannot draft (its context is full) must not starve beside 
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 
 A decode step of one session alone may carry *recycled* rows: a guess at how the text goes on, from the path that was
-rejected last (`rejected_path`). They are judged as drafts are, but count as none: what they tell is not the edge's.
+rejected last (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as
+none: what they tell is not the edge's. A plain stream has none: it is what the target does by itself.
 
 Drafts may arrive while a step is in flight: they name their prefix by hash, so they hang where they belong, and what
 the step commits re-roots them.
@@ -44,6 +45,7 @@ from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.forecast import Forecast
 from shared.core.messages import Commit, Draft, Finish, Open, SessionStatus, Want
 from shared.core.policies import Decodes, Offer, Outlook
+from shared.core.prompt_lookup import PromptLookup
 from shared.core.rejected_path import RejectedPath
 from shared.core.settings import CloudSettings, SelfDecode
 from shared.core.siblings import SIBLING_PRIOR
@@ -90,6 +92,7 @@ class CloudSession:
         self._step: StepInFlight | None = None
         self._offered: list[Node] = []
         self._rejected = RejectedPath()
+        self._lookup = PromptLookup(log)
         self._is_recycling = False  # what is offered are no drafts
         self._ready_at = now
         self._recent_tokens = 0.0  # committed in the goodput window, older ones fading
@@ -236,9 +239,12 @@ class CloudSession:
         At most `max_draft_rows`; call after `offer`, where a guess of them is not compared with other sessions' rows.
         """
         most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log))
-        if self._offered or not self._rejected or most < 1:
+        if self._offered or most < 1 or self.opened.want is Want.STREAM:
             return []
-        tokens, worth = self._rejected.offer(self.log.tokens(self._rejected.start), most)
+        tokens, worth = self._lookup.offer(most)
+        if self._rejected:
+            again = self._rejected.offer(self.log.tokens(self._rejected.start), most)
+            tokens, worth = max((tokens, worth), again, key=lambda guess: sum(guess[1]))
         self._offered, self._is_recycling = detached(len(self.log) - 1, tokens), True
         return worth
 
@@ -294,6 +300,7 @@ class CloudSession:
         self._ready_at = now
         accepted, tokens = step.judge(selected, self.opened.stop_ids)
         self._rejected.judge(tokens)
+        self._lookup.judge(tokens)
         if rejected := self._tree.rejected(tokens):
             wrong = [node.token for node in rejected]
             self._rejected.replace(rejected[0].position, wrong, rejected[-1].prefix_hash)

@@ -1,6 +1,8 @@
 """How often a copied token is right, by how many tokens before it matched: a prior, drawn to what is observed."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 _PRIOR_WEIGHT = 8.0  # observations
 _WINDOW = 64.0
@@ -20,6 +22,10 @@ class MatchChances:
     def after(self, match_tokens: int) -> float:
         """Probability, 0 to 1, that what followed a match of this length follows again."""
         return self._seen[min(match_tokens, len(self._seen) - 1)][0]
+
+    def reach(self, match_tokens: int, count: int) -> list[float]:
+        """The like for `count` tokens behind such a match: that each of them is right, and all before it."""
+        return list(accumulate(map(self.after, range(match_tokens, match_tokens + count)), mul))
 
     def observe(self, match_tokens: int, was_right: bool) -> None:
         """Learn from one token."""

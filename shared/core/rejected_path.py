@@ -18,8 +18,6 @@ times in a hundred. Four decode steps with three such guesses each committed 6.7
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul
 
 from shared.core.match_chances import MatchChances
 
@@ -78,7 +76,7 @@ class RejectedPath:
     def offer(self, text: Sequence[int], n: int) -> tuple[tuple[int, ...], list[float]]:
         """A guess (see `guess`), and how likely it is right up to each of its tokens; `judge` must follow."""
         match, tokens = self._guess = self.guess(text, n)
-        return tokens, list(accumulate(map(self.chances.after, range(match, match + len(tokens))), mul))
+        return tokens, self.chances.reach(match, len(tokens))
 
     def judge(self, tokens: Sequence[int]) -> None:
         """These came where the last offer was made: learn from it."""

@@ -9,7 +9,7 @@ from shared.core.draft_tree import Node
 class StepInFlight:
     """A step in flight: it feeds `fed` committed tokens, then the nodes; `partial`: a prefill chunk, no nodes.
 
-    `is_recycled`: the nodes are no drafts, but a guess from a rejected path.
+    `is_recycled`: the nodes are no drafts, but the verifier's own guess.
     """
 
     fed: int

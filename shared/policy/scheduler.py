@@ -72,7 +72,7 @@ class BestRate:
             if offer.outlook is not None:
                 return self._allot_one(offer, offer.outlook)
             if offer.decodes is not Decodes.NEVER:
-                return Allotment([1 + self._step_rule.fastest(offer.worth)])
+                return Allotment([self._with_recycled(offer, 1 + self._step_rule.fastest(offer.worth))])
         return Allotment(self._allot_shared(offers))
 
     def _allot_one(self, offer: Offer, outlook: Outlook) -> Allotment:
@@ -82,10 +82,11 @@ class BestRate:
             hold_ms = max(choice.hold_ms, outlook.rtt_ms) if outlook.may_ask else choice.hold_ms
             hold_ms += _SLACK_MS + _SLACK_SHARE * outlook.rtt_ms
             return Allotment([0], hold_ms=hold_ms, asked_tokens=choice.asked)
-        rows = 1 + choice.drafts
-        if rows == 1 and offer.recycled:
-            rows += self._step_rule.recycled_rows(offer.recycled, outlook)
-        return Allotment([rows], asked_tokens=choice.asked)
+        return Allotment([self._with_recycled(offer, 1 + choice.drafts)], asked_tokens=choice.asked)
+
+    def _with_recycled(self, offer: Offer, rows: int) -> int:
+        """These, or where that is a decode step with recycled rows, as many as pay."""
+        return rows if rows > 1 else rows + self._step_rule.recycled_rows(offer.recycled, offer.outlook)
 
     def _allot_shared(self, offers: Sequence[Offer]) -> list[int]:
         grants = [0] * len(offers)

@@ -16,7 +16,7 @@ from shared.core.session_table import SessionTable
 from shared.core.settings import CloudSettings, EdgeSettings, Request
 from shared.core.tokens import TokenLog
 from shared.policy.run_ahead import RunAhead
-from shared.testing.engines import NoisyModel, ToyDraft, ToyModel, ToyTarget
+from shared.testing.engines import HashModel, NoisyModel, ToyDraft, ToyModel, ToyTarget
 from shared.testing.link_model import LinkModel
 
 WINDOW_MESSAGES = 32  # so many are judged together:
@@ -191,6 +191,8 @@ class Checks:
         if len(commit.tokens) != num_foretold + 1 and not is_foretold_end:
             self.violated(edge, now, f"{commit} has no next_token")
         self.visits["recycled"] += commit.num_recycled > 0
+        repeats = isinstance(self._model, HashModel) and self._model.period > 0
+        self.visits["recycled:repetition"] += repeats and commit.num_recycled > 0
         if commit.num_accepted > commit.num_drafted:
             self.violated(edge, now, f"{commit} accepts more than was drafted")
 

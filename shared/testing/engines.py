@@ -46,16 +46,18 @@ class HashModel:
     """Token = hash of the prefix; id 0 (the stop token of the tests) comes with probability `stop_rate`.
 
     At a fraction `habit` of the positions it is a hash of the position alone: a text comes back to a path it has left.
+    Or of the place in a `period` of so many tokens: a text repeats itself.
     """
 
     salt: int
     stop_rate: float = 0.0
     vocabulary: int = 1000
     habit: float = 0.0
+    period: int = 0
 
     def token(self, prefix_hash: int, last: int, position: int, sampling: Sampling) -> int:
         """See `ToyModel`."""
-        mixed = _mix(position, self.salt) if self.habit else 0
+        mixed = _mix(position % self.period if self.period else position, self.salt) if self.habit else 0
         if (mixed >> 40) / (1 << 24) >= self.habit:
             mixed = _mix(prefix_hash, self.salt)
         if (mixed >> 40) / (1 << 24) < self.stop_rate:

@@ -6,7 +6,7 @@ import pytest
 
 from shared.core.cloud_session import CloudSession
 from shared.core.effects import CloudEffect, Rows, Send
-from shared.core.messages import Commit, Draft, Finish, Heartbeat
+from shared.core.messages import Commit, Draft, Finish, Heartbeat, Want
 from shared.core.session_table import SessionTable
 from shared.core.settings import SelfDecode
 from shared.core.tokens import TokenLog
@@ -153,6 +153,36 @@ def test_guessed_stop_token_ends_the_text() -> None:
     recycling(session)
     commit = commit_of(step(session, 6, STOP, 99, 99))
     assert (commit.tokens, commit.num_recycled, commit.finish) == ((6, STOP), 2, Finish.STOP)
+
+
+def repeating(*tokens: int, want: Want = Want.SPECULATE) -> CloudSession:
+    """A session without drafts whose text repeats itself."""
+    opened = replace(OPEN, tokens=tokens, prompt_len=len(tokens), max_new_tokens=90, want=want)
+    return session_of(opened, replace(SETTINGS, window_tokens=50), cached_len=len(tokens) - 1)
+
+
+def test_text_that_repeats_itself_is_guessed_from_the_first_step_on() -> None:
+    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
+    rows = recycling(session)
+    assert (rows.tokens, rows.parents) == ((2, 3, 4, 5, 6), (-1, 0, 1, 2, 3)), "as many as a step takes"
+    commit = commit_of(step(session, 3, 4, 9, 99, 99))
+    assert (commit.tokens, commit.num_recycled, commit.num_drafted) == ((3, 4, 9), 2, 0)
+
+
+def test_plain_stream_is_decoded_a_token_a_step() -> None:
+    assert recycling(repeating(1, 2, 3, 4, 1, 2, want=Want.STREAM)).tokens == (2,)
+
+
+def test_better_guess_of_the_two_is_taken() -> None:
+    session = repeating(7, 8, 20, 30, 40, 1)
+    session.drafted(draft_on(session, 5, 7, 8, 50, 60), now=0.0)
+    planned(session)
+    step(session, 7, *[99] * 4)  # it has been followed by 8 in the text and in the path
+    assert recycling(session).tokens == (7, 8, 50, 60), "what the draft has just thought of is likelier"
+    for token in (8, 20):
+        step(session, token, *[99] * 3)
+        rows = recycling(session)
+    assert rows.tokens == (20, 30, 40, 1, 7), "three tokens of the text match, none of the path does any more"
 
 
 @pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7, 8)), (30.0, (9,))])

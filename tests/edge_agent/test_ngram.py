@@ -1,13 +1,12 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edge_agent.engines.ngram import CHANCES, SOURCE, NgramDraft, TokenIndex
+from edge_agent.engines.ngram import SOURCE, NgramDraft
 from shared.core.errors import LocalProtocolError
 from shared.core.match_chances import MatchChances
 from shared.core.messages import Fingerprint, Sampling
+from shared.core.prompt_lookup import COPY_CHANCES
 from shared.engine import Proposal
 
 VOCABULARY = Fingerprint(100, b"toy")
@@ -17,49 +16,6 @@ def drafting(tokens: Sequence[int], past: Sequence[int] = (), max_context: int =
     draft = NgramDraft(VOCABULARY, max_context, past)
     draft.reset(tokens, Sampling(), len(tokens))
     return draft
-
-
-class TestIndex:
-    def test_the_longest_match_counts_before_the_latest(self) -> None:
-        index = TokenIndex()
-        index.extend([7, 1, 2, 3, 9, 1, 2, 4, 7, 1, 2])
-        assert index.find(index.tokens) == (3, 3)
-        assert index.find([5, 1, 2]) == (2, 11 - 3 - 1), "of equally long ones the latest that something follows"
-
-    def test_a_single_token_is_no_match(self) -> None:
-        index = TokenIndex()
-        index.extend([1, 2, 3])
-        assert index.find([5, 2]) == (0, 0)
-        assert index.find([2]) == (0, 0)
-
-    def test_the_end_of_the_text_is_no_match_for_itself(self) -> None:
-        index = TokenIndex()
-        index.extend([1, 2])
-        assert index.find(index.tokens) == (0, 0)
-
-    @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40))
-    def test_after_a_truncation_it_is_as_new(self, tokens: list[int], length: int) -> None:
-        cut, new = TokenIndex(), TokenIndex()
-        cut.extend(tokens)
-        cut.truncate(length)
-        new.extend(tokens[:length])
-        assert cut.tokens == new.tokens
-        assert cut.find(tokens) == new.find(tokens)
-
-    @given(st.lists(st.integers(0, 2), max_size=30))
-    def test_what_is_found_is_the_longest_that_there_is(self, tokens: list[int]) -> None:
-        index = TokenIndex()
-        index.extend(tokens)
-        lengths = [
-            next(
-                length for length in range(end + 1) if length == end or tokens[end - 1 - length] != tokens[-1 - length]
-            )
-            for end in range(1, len(tokens))
-        ]
-        longest = max(lengths, default=0)
-        length, end = index.find(tokens)
-        assert length == (min(longest, 16) if longest >= 2 else 0)
-        assert tokens[end - length : end] == tokens[len(tokens) - length :]
 
 
 class TestDraft:
@@ -113,7 +69,7 @@ class TestDraft:
 
 class TestChances:
     def test_they_are_learnt_by_the_length_of_the_match(self) -> None:
-        chances = MatchChances(CHANCES)
+        chances = MatchChances(COPY_CHANCES)
         before = chances.after(3)
         for _ in range(100):
             chances.observe(2, was_right=True)
@@ -132,4 +88,4 @@ class TestChances:
         assert first.tokens == (4, 5, 2)
         assert first.confidence[0] > 0.7
         assert first.confidence[1] < 0.3
-        assert first.confidence[2] == MatchChances(CHANCES).after(4), "what follows a wrong one says nothing"
+        assert first.confidence[2] == MatchChances(COPY_CHANCES).after(4), "what follows a wrong one says nothing"

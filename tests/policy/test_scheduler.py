@@ -154,6 +154,8 @@ def test_decode_step_alone_carries_recycled_rows_that_pay() -> None:
     assert policy.allot([recycling]).rows == [4]
     assert policy.allot([recycling, recycling]).rows == [1, 1]
     assert policy.allot([replace(recycling, outlook=SOON)]).rows == [0], "one that waits for drafts carries none"
+    assert policy.allot([replace(recycling, outlook=None)]).rows == [4], "before anything is known of the edge"
+    assert policy.allot([replace(recycling, outlook=None, decodes=Decodes.NEVER)]).rows == [0]
 
 
 def test_nobody_waits_while_another_session_or_a_prompt_is_ready() -> None:

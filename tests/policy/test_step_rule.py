@@ -219,3 +219,5 @@ def test_recycled_rows_are_taken_as_long_as_each_is_worth_its_time() -> None:
     assert stepwise.recycled_rows([0.9] * 9, broken) == 4, "as many as the curve tells of"
     assert StepRule(CURVES["steep"][: DRAFTS + 2]).recycled_rows([0.7, 0.6], broken) == 0
     assert stepwise.recycled_rows([], broken) == 0
+    assert stepwise.recycled_rows([0.9, 0.8, 0.7, 0.6], None) == 2, "the fourth row takes longer than it saves"
+    assert stepwise.recycled_rows([0.09, 0.08], None) == 0
