@@ -347,16 +347,17 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
 
 def _heartbeat_to_wire(message: Heartbeat) -> pb.Heartbeat:
     return pb.Heartbeat(
-        nonce=message.nonce, committed_len=message.committed_len, draft_ms=message.draft_ms, rtt_ms=message.rtt_ms
-    )
+        nonce=message.nonce, committed_len=message.committed_len, draft_ms=message.draft_ms, rtt_ms=message.rtt_ms,
+        read_tokens=message.read_tokens,
+    )  # fmt: skip
 
 
 def _heartbeat_from_wire(wire: pb.Heartbeat) -> Heartbeat:
     for name in ("draft_ms", "rtt_ms"):
         if not 0 <= getattr(wire, name) < math.inf:
             raise RemoteProtocolError(f"Heartbeat.{name} is {getattr(wire, name)}, not a duration")
-    committed_len = _integer("Heartbeat.committed_len", wire.committed_len)
-    return Heartbeat(nonce=wire.nonce, committed_len=committed_len, draft_ms=wire.draft_ms, rtt_ms=wire.rtt_ms)
+    lengths = {name: _integer(f"Heartbeat.{name}", getattr(wire, name)) for name in ("committed_len", "read_tokens")}
+    return Heartbeat(nonce=wire.nonce, draft_ms=wire.draft_ms, rtt_ms=wire.rtt_ms, **lengths)
 
 
 def _fingerprint_to_wire(fingerprint: Fingerprint) -> pb.Fingerprint:

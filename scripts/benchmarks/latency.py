@@ -27,7 +27,6 @@ PILOT_ROUNDS = (2, 4, 6, 8, 12, 16, 24, 32)  # drafts a round that stop-and-wait
 PILOT_PROMPTS, PILOT_TOKENS = 2, 48
 PILOT_SLOWER = 1.2
 _TRIES = 3  # to get an answer during which the cloud is not lost
-_PATIENCE_MS = 60_000  # a target on one core reads a prompt of a thousand tokens for longer than a user would wait
 _LEAST_MS = 0.01  # what a draft's time is rounded to; none takes no time
 WAITING = {"speculation.self_decode": "off", "speculation.max_draft_rows": PILOT_ROUNDS[-1]}
 WAYS = ("cloud_only", "outrider", "stop_and_wait", "local")  # machines drift: what is compared most stands together
@@ -165,7 +164,7 @@ class Bench:
 async def bench(plan: Plan) -> AsyncIterator[Bench]:
     """Everything up and warm while the context lasts."""
     target = {"target.dtype": plan.dtype}
-    device = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed, "link.patience_ms": _PATIENCE_MS}
+    device = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed}
     async with contextlib.AsyncExitStack() as stack:
         running = await stack.enter_async_context(verifier(plan.engine, target))
         waiting = running

@@ -135,6 +135,11 @@ class CloudSession:
         """Whether a step could serve it, drafts or not: it is active, and no step is in flight."""
         return self._step is None and self.is_active
 
+    @property
+    def read_tokens(self) -> int:
+        """How much it has read of a prompt, or of a text whose cache is gone; 0: all, but for the last token."""
+        return self.cached_len if self.cached_len < len(self.log) - 1 else 0
+
     def goodput(self, now: float) -> float:
         """Committed tokens per second, smoothed over the last seconds."""
         return self._recent_tokens * exp((self.stepped_at - now) / _GOODPUT_WINDOW_S) / _GOODPUT_WINDOW_S

@@ -27,6 +27,8 @@ On return the session opens again with its tokens. `continue`: what was shown st
 Showing pauses for at most max_stall_ms, because a token shown now could differ from the commit on its way; if the pause
 expires first, local tokens are shown after all; the late commit is answered by opening once more, with more patience.
 `revise`: it opens at committed_len and sends the local tail as drafts; what is not accepted is retracted.
+While the verifier reads a prompt, which it tells, patience counts from its latest progress; amid an answer it does not,
+for a pause there is one that a user sees.
 Each input returns effects to carry out in order; `wake_at` says when to call `tick`. Times are monotonic seconds.
 """
 
@@ -79,6 +81,7 @@ class EdgeSession:
         self._hold_until: float | None = None  # until when a pause before local tokens is worth it
         self._is_slow = False  # the verifier answers, but not within max_stall_ms: wait longer for it next time
         self._patience_until = 0.0
+        self._read_tokens = 0  # so far, by the verifier, before its first commit on this stream
         self._send_at = math.inf  # when drafts that gather are due
         self._max_ahead = 64  # until the first commit tells
         self._told_ms = [0.0, 0.0]  # what the verifier knows of `path.draft_ms` and `link.rtt_ms`
@@ -104,7 +107,7 @@ class EdgeSession:
         was_local, revise = self.phase is Phase.LOCAL, self._settings.on_reconnect is OnReconnect.REVISE
         self.phase = Phase.OPENING
         self.link.opened(now)
-        self._patience_until = now + self._settings.patience_ms / 1000
+        self._patience_until, self._read_tokens = now + self._settings.patience_ms / 1000, 0
         is_brief, self._is_slow = was_local and not self._is_slow, False
         hold_ms = self._settings.link.max_stall_ms if is_brief else self._settings.patience_ms
         self._hold_until = None if was_local and revise else now + hold_ms / 1000
@@ -127,10 +130,13 @@ class EdgeSession:
                 effects.append(self._open(self._opened_len))
             case Commit():
                 effects += self._commit(message, now)
+            case Heartbeat(read_tokens=read_tokens) if self.phase is Phase.OPENING and read_tokens > self._read_tokens:
+                self._read_tokens = read_tokens
+                self._renew_patience(now)
             case Failure(code=code, detail=detail, retry_after_ms=retry_after_ms):
                 refused: list[EdgeEffect] = [Refused(code.name, detail)] if code.is_final else []
                 return refused + self._go_local(now, detail, retry_after_ms, code.is_final)
-            case _:  # a Heartbeat, which the link heard, or a repeated NeedTokens
+            case _:  # a Heartbeat without news, which the link heard, or a repeated NeedTokens
                 pass
         return effects + self._advance(now)
 
@@ -210,6 +216,12 @@ class EdgeSession:
         finished = self._finish(commit.finish) if commit.finish is not Finish.NONE else []
         return [*rollbacks, *shown, *finished]
 
+    def _renew_patience(self, now: float) -> None:
+        """The verifier is slow, but it gets on: a pause that lasts as long as the patience goes on, too."""
+        lasts_as_long = self._hold_until == self._patience_until
+        self._patience_until = now + self._settings.patience_ms / 1000
+        self._hold_until = self._patience_until if lasts_as_long else self._hold_until
+
     def _go_local(self, now: float, why: str, delay_ms: float = 0.0, is_final: bool = False) -> list[EdgeEffect]:
         """Show the own path first, then drop the stream and dial again later (never, where the refusal is final)."""
         stream, self._hold_until = self._dialler.abandon(), None
@@ -252,7 +264,7 @@ class EdgeSession:
         for index, ms in enumerate((self.path.draft_ms, self.link.rtt_ms)):
             if abs(ms - self._told_ms[index]) > _NEWS * self._told_ms[index]:
                 news[index] = self._told_ms[index] = ms
-        return Heartbeat(self.link.heartbeat(now), self.committed_len, *news)
+        return Heartbeat(self.link.heartbeat(now), self.committed_len, draft_ms=news[0], rtt_ms=news[1])
 
     def _run_ahead(self, now: float) -> list[EdgeEffect]:
         """Send what is due and draft further."""

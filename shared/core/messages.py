@@ -117,13 +117,15 @@ class Draft:
 class Heartbeat:
     """Liveness, RTT and acknowledgement; the verifier echoes it with its own `committed_len`.
 
-    An edge tells its `draft_ms` and `rtt_ms` where they are news; 0: as it said before, or not known yet.
+    An edge tells its `draft_ms` and `rtt_ms` where they are news; 0: as it said before, or not known yet. A verifier
+    that has yet to read a prompt, or to read a text again, tells how many tokens it has read; 0: all of them.
     """
 
     nonce: int
     committed_len: int
     draft_ms: float = 0.0
     rtt_ms: float = 0.0
+    read_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

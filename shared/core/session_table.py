@@ -283,10 +283,11 @@ class SessionTable:
         match message:
             case Heartbeat():
                 state.draft_ms, state.rtt_ms = message.draft_ms or state.draft_ms, message.rtt_ms or state.rtt_ms
-                if state.session is not None:
-                    state.session.acknowledged(message.committed_len, state.draft_ms, state.rtt_ms, now)
-                committed_len = len(state.session.log) if state.session else 0
-                return [Send(stream, Heartbeat(message.nonce, committed_len))]
+                session = state.session
+                if session is None:
+                    return [Send(stream, Heartbeat(message.nonce, 0))]
+                session.acknowledged(message.committed_len, state.draft_ms, state.rtt_ms, now)
+                return [Send(stream, Heartbeat(message.nonce, len(session.log), read_tokens=session.read_tokens))]
             case Open():
                 if state.session is not None:
                     raise RemoteProtocolError("Open on a stream whose session is open")

@@ -137,16 +137,18 @@ class Draft(_message.Message):
     def __init__(self, start: _Optional[int] = ..., parent_hash: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., confidence: _Optional[bytes] = ..., parents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("nonce", "committed_len", "draft_ms", "rtt_ms")
+    __slots__ = ("nonce", "committed_len", "draft_ms", "rtt_ms", "read_tokens")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
     DRAFT_MS_FIELD_NUMBER: _ClassVar[int]
     RTT_MS_FIELD_NUMBER: _ClassVar[int]
+    READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
     nonce: int
     committed_len: int
     draft_ms: float
     rtt_ms: float
-    def __init__(self, nonce: _Optional[int] = ..., committed_len: _Optional[int] = ..., draft_ms: _Optional[float] = ..., rtt_ms: _Optional[float] = ...) -> None: ...
+    read_tokens: int
+    def __init__(self, nonce: _Optional[int] = ..., committed_len: _Optional[int] = ..., draft_ms: _Optional[float] = ..., rtt_ms: _Optional[float] = ..., read_tokens: _Optional[int] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("reason",)

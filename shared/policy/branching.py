@@ -16,7 +16,8 @@ price it sent 17.8 bytes a token at 50 ms (ONNX, 41 steps a second), of which si
 
 Deeper branches are not drafted. On a draft that is right 45 times in 100 (SmolLM2 without three layers, temperature 1)
 four, eight and sixteen rows committed 1.75 tokens as the best chain, 1.92, 2.18 and 2.34 as a chain with siblings, and
-1.96, 2.29 and 2.29 as the best tree that can be grown, which takes 1.4 to 2.7 times the forwards on the edge.
+1.96, 2.29 and 2.29 as the best tree that can be grown, which takes 1.4 to 2.7 times the forwards on the edge. Nor does
+a good draft gain by them, although its second choice is nearly always right where the first is not (see CHANGELOG).
 """
 
 LEAST_WORTH = 0.03  # DySpec (arXiv 2410.11744) stops growing a tree by such a threshold

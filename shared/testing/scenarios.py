@@ -44,7 +44,7 @@ MUST_VISIT = {
     "budget": 20,
     "evicted": 20,
     "hold": 100,
-    **dict.fromkeys(("effect:Truncate", "effect:Share", "fault:forward", "prefill:shared"), 50),
+    **dict.fromkeys(("effect:Truncate", "effect:Share", "fault:forward", "prefill:shared", "prefill:told"), 50),
     **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
     **dict.fromkeys(("sibling:sent", "sibling:hit", "sibling:stale"), 100),
     **dict.fromkeys(("recycled", "recycled:repetition"), 50),

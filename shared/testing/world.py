@@ -15,7 +15,7 @@ from shared import wire
 from shared.core import effects as fx
 from shared.core.edge_session import EdgeSession, Phase
 from shared.core.errors import RemoteProtocolError
-from shared.core.messages import CloudMessage, Commit, Draft, EdgeMessage, Open
+from shared.core.messages import CloudMessage, Commit, Draft, EdgeMessage, Heartbeat, Open
 from shared.core.policies import DraftPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import EdgeSettings, Request, TableSettings
@@ -351,6 +351,7 @@ class World:
         encoded = wire.cloud_to_wire(sent)
         message = wire.cloud_from_wire(encoded)
         self.checks.visits[f"down:{type(message).__name__}"] += 1
+        self.checks.visits["prefill:told"] += isinstance(message, Heartbeat) and message.read_tokens > 0
         edge.bytes_down += encoded.ByteSize()
         if not stream.carries_down:
             return

@@ -13,6 +13,21 @@ from shared.core.settings import CloudSettings, SelfDecode
 from tests.core.cloud import OPEN, SETTINGS, STOP, commit_of, draft_on, offered, planned, session_of, step
 
 
+def test_it_tells_how_much_of_a_prompt_it_has_read() -> None:
+    session = session_of(cached_len=0)
+    assert session.read_tokens == 0
+    planned(session, most=1)
+    step(session)
+    assert session.read_tokens == 1
+    planned(session)
+    step(session, 5)
+    assert session.read_tokens == 0, "all of it"
+    session.evicted()
+    planned(session, most=2)
+    step(session)
+    assert session.read_tokens == 2, "it reads the text again"
+
+
 def test_decode_step_commits_one_token() -> None:
     session = session_of()
     assert planned(session, now=0.25) == Rows("me/s", 2, (3,), (-1,), 0, Sampling(seed=7), 3)

@@ -84,6 +84,38 @@ def test_commit_renews_patience() -> None:
     assert of_type(session.tick(1.2), Disconnect) == [Disconnect(1)]
 
 
+def test_patience_with_a_verifier_that_reads_the_prompt_counts_from_its_progress() -> None:
+    session = session_of(replace(SETTINGS, patience_ms=700.0))
+    session.start(0.0)
+    session.drafted((5, 6), (1.0, 1.0), 0.0)
+    session.connected(1, 0.0)
+    for now, read_tokens in ((0.3, 0), (0.5, 256), (0.8, 256), (1.1, 512), (1.4, 512), (1.7, 512)):
+        session.receive(1, Heartbeat(0, 2, read_tokens=read_tokens), now)
+        assert of_type(session.tick(now), Emit, Disconnect) == []
+    assert of_type(session.tick(1.8), Emit, Disconnect) == [Emit(2, (5, 6), (LOCAL, LOCAL)), Disconnect(1)]
+
+
+def test_local_text_goes_on_while_the_verifier_reads_it() -> None:
+    session = local(replace(SETTINGS, patience_ms=900.0))
+    stream = redialled(session, 1.0)
+    session.connected(stream, 2.0)
+    session.drafted((8,), (1.0,), 2.1)
+    shown_at = []
+    for now, read_tokens in ((2.2, 22), (2.4, 24), (2.6, 24), (2.8, 24), (3.0, 24), (3.2, 24)):
+        session.receive(stream, Heartbeat(0, 0, read_tokens=read_tokens), now)
+        effects = session.tick(now)
+        assert of_type(effects, Disconnect) == []
+        shown_at += [now] * len(of_type(effects, Emit))
+    assert shown_at == [2.6], "the pause is max_stall_ms, and no longer for it"
+    assert of_type(session.tick(3.3), Disconnect) == [Disconnect(stream)]
+
+
+def test_amid_an_answer_patience_counts_from_the_last_commit() -> None:
+    session = linked(replace(SETTINGS, patience_ms=700.0))
+    session.receive(1, Heartbeat(0, 3, read_tokens=2), 0.4)
+    assert of_type(session.tick(0.7), Disconnect) == [Disconnect(1)]
+
+
 def test_repeated_news_of_a_dead_stream_is_not_news() -> None:
     session = linked()
     session.disconnected(1, 0.1)

@@ -1,6 +1,8 @@
 """Promises 2 and 3 on the real pair over an emulated link of 50 ms."""
 
 import asyncio
+import time
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from cloud_verifier.engines import Target
 from edge_agent.engines import LoadedDraft
 from edge_agent.setup import make_agent, make_request
-from shared.core.effects import Emit, Provenance
+from shared.core.effects import Emit, Provenance, Rows
 from shared.core.messages import Finish
 from shared.testing.link_proxy import LinkProxy
 from tests.integration.pair import GREEDY, PROMPTS, PlainTarget, Shown, answer, edge_config, run, verifier
@@ -93,6 +95,31 @@ def test_verifier_that_appears_later_takes_over(target: Target, draft: LoadedDra
     shown = run(main())
     assert shown.provenance[0] is Provenance.LOCAL
     assert shown.provenance[-1] is not Provenance.LOCAL
+
+
+def test_prompt_that_is_read_for_longer_than_the_patience_is_waited_for(
+    target: Target, plain_target: PlainTarget, draft: LoadedDraft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, num_forwards = target.engine.forward, 0
+
+    def slowly(batch: Sequence[Rows]) -> list[tuple[int, ...]]:
+        nonlocal num_forwards
+        num_forwards += 1
+        time.sleep(0.4)
+        return forward(batch)
+
+    async def main() -> tuple[tuple[int, ...], Shown]:
+        async with verifier(target, speculation__prefill_chunk_tokens=16) as running:
+            config = edge_config(running.address, generation__max_new_tokens=4, link__patience_ms=1500)
+            prompt = " ".join(PROMPTS * 2)
+            return make_request(config, draft, prompt).prompt, await answer(config, draft, prompt, GREEDY)
+
+    monkeypatch.setattr(target.engine, "forward", slowly)
+    prompt, shown = run(main())
+    monkeypatch.undo()
+    assert num_forwards >= 8, "twice the patience, at least"
+    assert shown.ever_local == 0
+    assert shown.tokens == plain_target.stream(prompt, GREEDY, 4, frozenset())
 
 
 async def restore(proxy: LinkProxy) -> None:

@@ -48,7 +48,7 @@ SAMPLING = st.builds(
 )
 SESSION_ID = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=128)
 HEARTBEAT = st.builds(
-    Heartbeat, st.integers(0, 2**64 - 1), INT, st.floats(0, 2.0**100, width=32), st.floats(0, 2.0**100, width=32)
+    Heartbeat, st.integers(0, 2**64 - 1), INT, st.floats(0, 2.0**100, width=32), st.floats(0, 2.0**100, width=32), INT
 )
 UINT32 = st.integers(0, 2**32 - 1)
 FLOAT32 = st.floats(0, 2.0**100, width=32)
