@@ -26,7 +26,7 @@ When no drafts are pending, `self_decode` decides: `always` decodes, `idle` deco
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 
-A decode step of one session alone may carry *recycled* rows: a guess at how the text goes on, from the path that was
+A decode step may carry *recycled* rows: a guess at how the text goes on, from the path that was
 rejected last (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as
 none: what they tell is not the edge's. A plain stream has none: it is what the target does by itself.
 
@@ -241,7 +241,7 @@ class CloudSession:
     def recycle(self) -> list[float]:
         """Offer recycled rows beside a decode step that has no drafts: how likely each is right.
 
-        At most `max_draft_rows`; call after `offer`, where a guess of them is not compared with other sessions' rows.
+        At most `max_draft_rows`; call after `offer`.
         """
         most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log))
         if self._offered or most < 1 or self.opened.want is Want.STREAM:

@@ -22,10 +22,10 @@ item of two rows; then the order is the usual greedy one for a knapsack.)
 Fairness over seconds is not enough for somebody who watches the text: who has waited for `max_step_ms` is served by
 this step, whatever that costs the rate, and only its drafts compete.
 
-Self-decode rows that only spare capacity may pay for (`Decodes.SPARE`) come after that choice is made, as long as they
-do not lower the rate. Prompts, and caches that must be rebuilt, are read in chunks, first come first served, one chunk
-a step in all; beside running sessions it is cut so that the step keeps to `max_step_ms` (Sarathi-Serve's stall-free
-batching).
+Self-decode rows that only spare capacity may pay for (`Decodes.SPARE`), and the recycled rows behind them, come after
+that choice is made, as long as they do not lower the rate. Prompts, and caches that must be rebuilt, are read in
+chunks, first come first served, one chunk a step in all; beside running sessions it is cut so that the step keeps to
+`max_step_ms` (Sarathi-Serve's stall-free batching).
 """
 
 from collections.abc import Callable, Sequence
@@ -132,15 +132,17 @@ class BestRate:
         ]
         if not spare or room < 1:
             return
-        spare.sort(key=lambda index: -offers[index].weight)
-        worth = sum(_expected(offer, rows) for offer, rows in zip(offers, grants, strict=True))
-        gains = np.cumsum([0.0] + [offers[index].weight for index in spare[:room]])
+        # A row is worth no less than the one behind it, so each prefix of this order can be carried out.
+        rows = [(offers[index].weight * worth, index) for index in spare for worth in (1.0, *offers[index].recycled)]
+        rows = sorted(rows, key=lambda row: -row[0])[:room]
+        worth = sum(_expected(offer, granted) for offer, granted in zip(offers, grants, strict=True))
+        gains = np.cumsum([0.0] + [gain for gain, _ in rows])
         rates = (worth + gains) / self._cost[num_rows : num_rows + len(gains)]
         if not num_rows:
             rates[0] = 0.0
         best = len(rates) - 1 - int(rates[::-1].argmax())
-        for index in spare[:best]:
-            grants[index] = 1
+        for _, index in rows[:best]:
+            grants[index] += 1
 
 
 class _Items:

@@ -185,6 +185,23 @@ def test_better_guess_of_the_two_is_taken() -> None:
     assert rows.tokens == (20, 30, 40, 1, 7), "three tokens of the text match, none of the path does any more"
 
 
+@pytest.mark.parametrize(("sessions", "row_ms", "guess"), [(2, 0.0, (4, 5, 6, 1)), (2, 30.0, ()), (33, 0.0, ())])
+def test_table_grants_a_few_sessions_the_rows_that_pay(sessions: int, row_ms: float, guess: tuple[int, ...]) -> None:
+    cloud = replace(tables.CLOUD, self_decode=SelfDecode.IDLE, max_draft_rows=4)
+    settings = replace(tables.SETTINGS, session=cloud, max_sessions=sessions)
+    table = SessionTable(settings, BestRate(lambda rows: 30.0 + row_ms * (rows - 1), 512, prefill_chunk_tokens=512))
+    prompt = (1, 2, 3, 4, 5, 6, 1, 2)
+    for stream in range(sessions):
+        opening = replace(tables.OPEN, session_id=f"s{stream}", tokens=prompt, prompt_len=len(prompt))
+        tables.opened(table, stream, opening)
+    tables.step(table, 3)
+    batch = table.plan(0.0).batch
+    assert [rows.tokens for rows in batch] == [(3, *guess)] * sessions
+    sent = commits(table.stepped([(4, 5, 9, 9, 9)[: len(rows.tokens)] for rows in batch], 30.0, now=0.0))
+    committed = ((4, 5, 9), 2) if guess else ((4,), 0)
+    assert [(commit.tokens, commit.num_recycled) for commit in sent] == [committed] * sessions
+
+
 @pytest.mark.parametrize(("row_ms", "expected"), [(0.0, (9, 6, 7, 8)), (30.0, (9,))])
 @pytest.mark.parametrize("others", [0, 1])
 def test_table_grants_a_lone_session_the_rows_that_pay(row_ms: float, expected: tuple[int, ...], others: int) -> None:

@@ -158,6 +158,16 @@ def test_decode_step_alone_carries_recycled_rows_that_pay() -> None:
     assert policy.allot([replace(recycling, outlook=None, decodes=Decodes.NEVER)]).rows == [0]
 
 
+def test_spare_decode_rows_carry_recycled_rows_that_lower_no_rate() -> None:
+    spare = replace(offer(decodes=Decodes.SPARE), recycled=[0.5, 0.2, 0.1])
+    assert BestRate(lambda _: 30.0, 64).allot([offer(0.9), spare, spare]).rows == [2, 4, 4]
+    assert BestRate(lambda _: 30.0, 7).allot([offer(0.9), spare, spare]).rows == [2, 3, 2], "the better ones first"
+    assert BestRate(lambda rows: 20.0 + 5 * rows, 64).allot([offer(0.9), spare, spare]).rows == [2, 2, 2]
+    assert BestRate(lambda rows: 10.0 * rows, 64).allot([offer(0.9), spare, spare]).rows == [1, 1, 1]
+    slow = replace(spare, weight=3.0)
+    assert BestRate(lambda _: 30.0, 4).allot([offer(), spare, slow]).rows == [1, 1, 2], "who is slower counts more"
+
+
 def test_nobody_waits_while_another_session_or_a_prompt_is_ready() -> None:
     policy = BestRate(lambda rows: 30.0 + rows, 64)
     held = replace(offer(), outlook=SOON)
