@@ -141,7 +141,8 @@ class SessionTable:
         if len(offered) > 1:
             allotment = self._policy.allot([offer for _, offer in offered])
         elif decided is not None and decided[0] is session:
-            session.recycle()  # in case it was asked for its offer anew
+            if not is_alone:  # it was asked for its offer anew
+                session.recycle()
             allotment = decided[2]
         else:
             allotment = self._allot_alone(session, offer, now, may_ask=False)
