@@ -324,7 +324,7 @@ def _commit_from_wire(wire: pb.Commit) -> Commit:
         raise RemoteProtocolError(
             f"Commit.num_accepted is {wire.num_accepted} of {wire.num_drafted} drafted, with {len(wire.tokens)} tokens"
         )
-    if wire.num_recycled > (0 if wire.num_accepted < wire.num_drafted else len(wire.tokens) - wire.num_accepted):
+    if wire.num_recycled > (0 if wire.num_drafted else len(wire.tokens)):
         raise RemoteProtocolError(
             f"Commit.num_recycled is {wire.num_recycled}, with {len(wire.tokens)} tokens and {wire.num_drafted} drafted"
         )

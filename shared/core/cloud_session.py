@@ -26,10 +26,9 @@ When no drafts are pending, `self_decode` decides: `always` decodes, `idle` deco
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 
-Behind the pending drafts, or where there are none, a step may carry *recycled* rows: a guess at how the text goes on,
-from the path that was rejected last (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as
-drafts are, but count as none: what they tell is not the edge's. A plain stream has none: it is what the target does by
-itself.
+A decode step may carry *recycled* rows: a guess at how the text goes on, from the path that was
+rejected last (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as
+none: what they tell is not the edge's. A plain stream has none: it is what the target does by itself.
 
 Drafts may arrive while a step is in flight: they name their prefix by hash, so they hang where they belong, and what
 the step commits re-roots them.
@@ -40,7 +39,7 @@ from math import exp, inf
 
 from shared.core.acceptance import Calibration
 from shared.core.acceptance_report import RequestAcceptance
-from shared.core.draft_tree import DraftTree, Grafted, Node, chains, hash_behind
+from shared.core.draft_tree import DraftTree, Grafted, Node, chains, detached, hash_behind
 from shared.core.effects import Rows
 from shared.core.errors import LocalProtocolError, RemoteProtocolError
 from shared.core.forecast import Forecast
@@ -94,9 +93,7 @@ class CloudSession:
         self._offered: list[Node] = []
         self._rejected = RejectedPath()
         self._lookup = PromptLookup(log)
-        self._reach = 1.0  # the worth of the last draft that is offered
-        self._guess: tuple[int, ...] = ()  # offered behind the drafts
-        self._guessed_behind = 0  # so many of them
+        self._is_recycling = False  # what is offered are no drafts
         self._ready_at = now
         self._recent_tokens = 0.0  # committed in the goodput window, older ones fading
         self.acceptance = RequestAcceptance()
@@ -232,8 +229,8 @@ class CloudSession:
         if log_len - self._acked_len >= settings.window_tokens:
             return None
         tables = self._calibration.table, self._sibling_calibration.table
+        self._is_recycling = False
         self._offered, worth = self._tree.best(settings.max_draft_rows, self._limit - 2, *tables)
-        self._reach, self._guess = worth[-1] if worth else 1.0, ()
         decodes = self._decodes(now)
         prefill_rows = log_len - self.cached_len - 1
         if not worth and not prefill_rows and decodes is Decodes.NEVER:
@@ -242,21 +239,19 @@ class CloudSession:
         return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
 
     def recycle(self) -> list[float]:
-        """Offer recycled rows behind all pending drafts, or where there are none: how likely each is right.
+        """Offer recycled rows beside a decode step that has no drafts: how likely each is right.
 
-        At most `max_draft_rows` with the drafts; call after `offer`.
+        At most `max_draft_rows`; call after `offer`.
         """
-        path = [node.token for node in self._offered]
-        most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log)) - len(path)
-        is_all = self._tree.is_chain and len(path) == len(self._tree)
-        if most < 1 or not is_all or self.opened.want is Want.STREAM:
+        most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log))
+        if self._offered or most < 1 or self.opened.want is Want.STREAM:
             return []
-        self._guess, worth = self._lookup.offer(most, path)
+        tokens, worth = self._lookup.offer(most)
         if self._rejected:
-            again = self._rejected.offer((*self.log.tokens(self._rejected.start), *path), most)
-            self._guess, worth = max((self._guess, worth), again, key=lambda guess: sum(guess[1]))
-        self._guessed_behind = len(path)
-        return [self._reach * chance for chance in worth]
+            again = self._rejected.offer(self.log.tokens(self._rejected.start), most)
+            tokens, worth = max((tokens, worth), again, key=lambda guess: sum(guess[1]))
+        self._offered, self._is_recycling = detached(len(self.log) - 1, tokens), True
+        return worth
 
     def hold(self, until: float) -> None:
         """No step before that time, unless drafts come; a hold that goes on keeps its end."""
@@ -275,21 +270,19 @@ class CloudSession:
         partial = num_rows < len(uncached)
         fed = uncached[:num_rows]
         nodes = self._offered[: num_rows - len(fed)]
-        guess = self._guess[: num_rows - len(fed) - len(nodes)]
-        self._offered, self._guess = [], ()
+        self._offered = []
         parents, tokens = list(range(-1, len(fed) - 1)), list(fed)
         for row, node in enumerate(nodes):
             assert node.parent is not None, "only the root hangs on nothing"
             node.row = row
             parents.append(len(fed) + node.parent.row)
             tokens.append(node.token)
-        parents += range(len(tokens) - 1, len(tokens) - 1 + len(guess))
         queue_ms = (now - self._ready_at) * 1000
-        self._step = StepInFlight(len(fed), nodes, guess, partial, queue_ms)
+        self._step = StepInFlight(len(fed), nodes, self._is_recycling, partial, queue_ms)
         return Rows(
             session_id=self.key,
             start=self.cached_len,
-            tokens=(*tokens, *guess),
+            tokens=tuple(tokens),
             parents=tuple(parents),
             first_selected=len(fed) if partial else len(fed) - 1,
             sampling=self.opened.sampling,
@@ -311,8 +304,8 @@ class CloudSession:
             return Stepped(None, start, tuple(range(step.fed)))
         self._ready_at = now
         accepted, tokens = step.judge(selected, self.opened.stop_ids)
-        self._rejected.judge(tokens[self._guessed_behind :])
-        self._lookup.judge(tokens[self._guessed_behind :])
+        self._rejected.judge(tokens)
+        self._lookup.judge(tokens)
         if rejected := self._tree.rejected(tokens):
             wrong = [node.token for node in rejected]
             self._rejected.replace(rejected[0].position, wrong, rejected[-1].prefix_hash)
@@ -333,9 +326,9 @@ class CloudSession:
         commit = Commit(
             start=len(self.log) - len(tokens),
             tokens=tokens,
-            num_drafted=len(step.nodes),
-            num_accepted=min(len(accepted), len(step.nodes)),
-            num_recycled=max(len(accepted) - len(step.nodes), 0),
+            num_drafted=0 if step.is_recycled else len(step.nodes),
+            num_accepted=0 if step.is_recycled else len(accepted),
+            num_recycled=len(accepted) if step.is_recycled else 0,
             finish=self.finish,
             queue_ms=step.queue_ms,
             verify_ms=verify_ms,

@@ -85,6 +85,17 @@ def chains(draft: Draft) -> list[Draft]:
     return pieces if split else pieces[1:]
 
 
+def detached(position: int, tokens: Sequence[int]) -> list[Node]:
+    """A chain of nodes behind the token at `position`, part of no tree."""
+    nodes, parent = list[Node](), Node(-1, position, 0, 255)
+    for token in tokens:
+        child = Node(token, parent.position + 1, 0, 255, parent)
+        parent.children[token] = child
+        nodes.append(child)
+        parent = child
+    return nodes
+
+
 def hash_behind(prefix_hash: int, tokens: Sequence[int]) -> int:
     """The hash of a prefix and these tokens behind it."""
     for token in tokens:
@@ -114,11 +125,6 @@ class DraftTree:
     def path_len(self) -> int:
         """How far the pending drafts go along first children: the edge's own path."""
         return len(self._chain if self._chain is not None else self._first_children())
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether the pending drafts are the edge's own path and nothing beside it."""
-        return self._chain is not None
 
     def rejected(self, tokens: Sequence[int]) -> Sequence[Node]:
         """The edge's own path from where it differs from tokens that are about to be committed; empty: nowhere."""

@@ -139,12 +139,12 @@ class Close:
 class Commit:
     """Target tokens for positions `start`, ...: `num_accepted` accepted drafts, then one next_token.
 
-    `num_drafted` draft tokens were evaluated in this step. Where all were accepted, or none were there, `num_recycled`
-    further tokens before the next_token were guessed by the verifier itself, from a rejected path or the text.
-    `max_ahead` is how many tokens beyond `committed_len` the verifier is willing to hold pending; for the first
-    `hold_tokens` of them a coming step waits for a time, which is the next one if the verifier `is_holding`. Else,
-    where it is decided, that one has `next_rows` beside the last token's: drafts, and maybe recycled ones. The first
-    commit of a stream says what steps cost: `step_ms[i]` is the expected time of one with i such rows, alone.
+    `num_drafted` draft tokens were evaluated in this step. Where there were none, `num_recycled` tokens before the
+    next_token were guessed by the verifier itself, from a rejected path or the text. `max_ahead` is how many tokens
+    beyond `committed_len` the verifier is willing to hold pending; for the first `hold_tokens` of them a coming step
+    waits for a time, which is the next one if the verifier `is_holding`. Else, where it is decided, that one has
+    `next_rows` beside the last token's: drafts, or where there are none, maybe recycled ones. The first commit of a
+    stream says what steps cost: `step_ms[i]` is the expected time of one with i such rows, alone.
     """
 
     start: int

@@ -101,9 +101,10 @@ class Offer:
     """What one session could put into the next step; not frozen, because thousands of them are made each second.
 
     `prefill_rows` committed tokens come before the last one and must be evaluated first; `worth[i]` is the probability
-    that draft row i commits its token, in the order in which rows are taken, never rising. `recycled[i]` is the like
-    for rows behind all of them that the verifier guessed itself. `weight` is what a committed token of this session
-    counts, `waited_ms` how long the session has been ready. `outlook` is None where nothing is to be waited for.
+    that draft row i commits its token, in the order in which rows are taken, never rising. `weight` is what a committed
+    token of this session counts, `waited_ms` how long the session has been ready. `outlook` is None where nothing is
+    to be waited for. Where there are no drafts, `recycled[i]` is the like of `worth` for rows that the verifier guessed
+    itself.
     """
 
     prefill_rows: int

@@ -62,15 +62,12 @@ class TokenIndex:
     def guess(self, n: int) -> tuple[int, tuple[int, ...]]:
         """Of its own end: the length of the longest match, and `n` tokens that may follow as they followed that."""
         length, start = self.find(self.tokens)
-        return length, self.follow(start, n) if length else ()
-
-    def follow(self, start: int, n: int, path: Sequence[int] = ()) -> tuple[int, ...]:
-        """`n` tokens from that position on, of its own and then of a `path` that may go on behind them."""
-        guess = [*self.tokens[start : start + n], *path][:n]
-        period = len(self.tokens) + len(path) - start
+        if not length:
+            return 0, ()
+        guess = self.tokens[start : start + n]
         while len(guess) < n:
-            guess.append(guess[len(guess) - period])  # it runs into itself: a repetition
-        return tuple(guess)
+            guess.append(guess[len(guess) - (len(self.tokens) - start)])  # it runs into itself: a repetition
+        return length, tuple(guess)
 
 
 class PromptLookup:
@@ -87,20 +84,15 @@ class PromptLookup:
     def __repr__(self) -> str:
         return f"<PromptLookup in {self._index!r}, {self._chances!r}>"
 
-    def offer(self, n: int, path: Sequence[int] = ()) -> tuple[tuple[int, ...], list[float]]:
-        """A guess of up to `n` tokens, and how likely it is right up to each of them; `judge` must follow.
-
-        Behind the log, or behind the log and a `path` that may follow it.
-        """
+    def offer(self, n: int) -> tuple[tuple[int, ...], list[float]]:
+        """A guess of `n` tokens or none, and how likely it is right up to each of them; `judge` must follow."""
         known = self._index.tokens
         start = max(len(known) - 1, 0)
         self._index.extend(self._log.tokens(len(known)))
         self._behind.update(zip(known[start:-1], range(start + 1, len(known)), strict=True))
-        text = [*known[-_LONGEST_MATCH:], *path] if path else known
-        match, place = self._index.find(text)
-        if not match:
-            match, place = 1, self._behind.get(text[-1], 0)
-        tokens = self._index.follow(place, n, path) if place else ()
+        match, tokens = self._index.guess(n)
+        if not match and (place := self._behind.get(known[-1])) is not None:
+            match, tokens = 1, tuple(known[place : place + n])
         self._guess = match, tokens
         return tokens, self._chances.reach(match, len(tokens))
 

@@ -225,7 +225,7 @@ class SessionTable:
                 offered.append((session, offer))
         if 1 < len(offered) <= _MOST_RECYCLING:
             for session, offer in offered:
-                offer.recycled = () if offer.worth or offer.prefill_rows else session.recycle()
+                offer.recycled = () if offer.prefill_rows else session.recycle()
         return offered
 
     def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:

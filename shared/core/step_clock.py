@@ -130,7 +130,7 @@ class StepClock:
     def _learn(self, commit: Commit) -> None:
         step_ms = commit.verify_ms + (0.0 if self._is_awaited else commit.queue_ms)
         step_ms = step_ms or self.interval_ms  # they come in whole ms
-        rows = max(commit.num_drafted, self._next_rows or 0)  # more than the drafts: the verifier's own guesses
+        rows = commit.num_drafted or self._next_rows or 0  # without drafts they were the verifier's own guesses
         error_ms = abs(step_ms - self._step_ms.get(rows, step_ms))
         self.error_ms += _GAIN * (error_ms - self.error_ms)
         self._step_ms[rows] = step_ms

@@ -7,20 +7,19 @@ from shared.core.draft_tree import Node
 
 @dataclass(slots=True)
 class StepInFlight:
-    """A step in flight: it feeds `fed` committed tokens, the drafts `nodes`, then the verifier's own `guess`.
+    """A step in flight: it feeds `fed` committed tokens, then the nodes; `partial`: a prefill chunk, no nodes.
 
-    A guess hangs on the last draft, and then these are one path; or on the last committed token where there is none.
-    `partial`: a prefill chunk, nothing else.
+    `is_recycled`: the nodes are no drafts, but the verifier's own guess.
     """
 
     fed: int
     nodes: list[Node]
-    guess: tuple[int, ...]
+    is_recycled: bool
     partial: bool
     queue_ms: float
 
     def judge(self, selected: tuple[int, ...], stop_ids: frozenset[int]) -> tuple[list[int], tuple[int, ...]]:
-        """Which rows behind the fed ones are accepted, and the tokens that the step commits (up to a stop token)."""
+        """Indices of the accepted nodes, and the tokens that the step commits (up to a stop token)."""
         accepted: list[int] = []
         tokens, nodes = [selected[0]], self.nodes
         node = nodes[0].parent if nodes else None  # the first one hangs on the root
@@ -30,15 +29,6 @@ class StepInFlight:
                 break
             accepted.append(node.row)
             if node.token in stop_ids:  # it ends the text, and nothing follows it
-                return accepted, tuple(tokens)
+                break
             tokens.append(selected[1 + node.row])
-        if len(accepted) < len(nodes):
-            return accepted, tuple(tokens)
-        for row, guessed in enumerate(self.guess, start=len(nodes)):
-            if guessed != tokens[-1]:
-                break
-            accepted.append(row)
-            if guessed in stop_ids:
-                break
-            tokens.append(selected[1 + row])
         return accepted, tuple(tokens)

@@ -85,10 +85,8 @@ class BestRate:
         return Allotment([self._with_recycled(offer, 1 + choice.drafts)], asked_tokens=choice.asked)
 
     def _with_recycled(self, offer: Offer, rows: int) -> int:
-        """These, and where they are all drafts that there are, as many recycled rows behind them as pay."""
-        if rows <= len(offer.worth):
-            return rows
-        return rows + self._step_rule.recycled_rows(offer.recycled, offer.outlook, offer.worth)
+        """These, or where that is a decode step with recycled rows, as many as pay."""
+        return rows if rows > 1 else rows + self._step_rule.recycled_rows(offer.recycled, offer.outlook)
 
     def _allot_shared(self, offers: Sequence[Offer]) -> list[int]:
         grants = [0] * len(offers)

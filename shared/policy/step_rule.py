@@ -30,8 +30,8 @@ was asked for stays asked for, whatever is chosen later.
 Where more drafts are here than a step takes and those on offer are nearly sure, there is nothing to wait or to ask for,
 and the path goes on whatever is chosen: the step of the most tokens per ms is taken (`fastest`).
 
-A step that takes all drafts, or has none, may carry recycled rows behind them (`rejected_path`, `prompt_lookup`), as
-many as are worth their time at the rate g; or before anything is known of the edge, for the most tokens per ms.
+A decode step without drafts may carry recycled rows (`rejected_path`, `prompt_lookup`), as many as are worth their time
+at the rate g; before anything is known of the edge, as many as give the most tokens per ms of the step alone.
 
 Everything is expectation under a forecast, made anew whenever something arrives.
 """
@@ -176,16 +176,16 @@ class StepRule:
                 best, most = drafts, tokens / cost_ms
         return best
 
-    def recycled_rows(self, worth: Sequence[float], outlook: Outlook | None, drafts: Sequence[float] = ()) -> int:
-        """How many recycled rows of this worth a step with these drafts should carry: as many as are worth their time.
+    def recycled_rows(self, worth: Sequence[float], outlook: Outlook | None) -> int:
+        """How many recycled rows of this worth a decode step should carry: as long as each is worth its time.
 
         Time is worth what drafts will make of it, or where none are to come what this step does.
         """
-        if not worth or worth[0] < _LEAST_RECYCLED * (drafts[-1] if drafts else 1.0):
+        if not worth or worth[0] < _LEAST_RECYCLED:
             return 0
         if outlook is None:
-            return max(self.fastest((*drafts, *worth)) - len(drafts), 0)
-        cost = self._cost[1 + len(drafts) : 2 + len(drafts) + len(worth)]
+            return self.fastest(worth)
+        cost = self._cost[1 : 2 + len(worth)]
         gains = np.cumsum([0.0, *worth[: len(cost) - 1]]) - self._solve(outlook).rate * cost
         return int(gains.argmax())
 

@@ -191,7 +191,6 @@ class Checks:
         if len(commit.tokens) != num_foretold + 1 and not is_foretold_end:
             self.violated(edge, now, f"{commit} has no next_token")
         self.visits["recycled"] += commit.num_recycled > 0
-        self.visits["recycled:drafts"] += commit.num_recycled > 0 and commit.num_drafted > 0
         repeats = isinstance(self._model, HashModel) and self._model.period > 0
         self.visits["recycled:repetition"] += repeats and commit.num_recycled > 0
         if commit.num_accepted > commit.num_drafted:

@@ -47,7 +47,7 @@ MUST_VISIT = {
     **dict.fromkeys(("effect:Truncate", "effect:Share", "fault:forward", "prefill:shared", "prefill:told"), 50),
     **dict.fromkeys(("gaps:link", "gaps:verifier", "up:sibling"), 100),
     **dict.fromkeys(("sibling:sent", "sibling:hit", "sibling:stale"), 100),
-    **dict.fromkeys(("recycled", "recycled:repetition", "recycled:drafts"), 50),
+    **dict.fromkeys(("recycled", "recycled:repetition"), 50),
 }
 
 

@@ -79,20 +79,8 @@ def test_single_token_is_looked_up_where_nothing_longer_is() -> None:
     log.extend((4,))
     assert lookup.offer(2)[0] == (5, 2), "a pair is better"
     log.extend((1,))
-    assert lookup.offer(3)[0] == (2, 3, 2), "what followed the only other one"
+    assert lookup.offer(9)[0] == (2, 3, 2, 4, 5, 2, 4, 1), "no further than the text goes"
     assert PromptLookup(TokenLog((1,))).offer(2) == ((), [])
-
-
-def test_guess_behind_a_path_follows_log_and_path() -> None:
-    log = TokenLog((1, 2, 3, 4, 5, 6, 7, 1, 2))
-    lookup = PromptLookup(log)
-    tokens, worth = lookup.offer(3, path=(3, 4))
-    assert tokens == (5, 6, 7)
-    assert worth == pytest.approx([0.65, 0.65 * 0.7, 0.65 * 0.7 * 0.75]), "four tokens match"
-    assert lookup.offer(9, path=(3, 4))[0] == (5, 6, 7, 1, 2, 3, 4, 5, 6), "and the path is part of the text then"
-    assert lookup.offer(2, path=(9,)) == ((), [])
-    assert lookup.offer(2, path=(9, 6))[0] == (7, 1), "a single token"
-    assert lookup.offer(2)[0] == (3, 4), "the log itself is as it was"
 
 
 def test_what_came_tells_what_the_next_guess_is_worth() -> None:

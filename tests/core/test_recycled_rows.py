@@ -24,12 +24,6 @@ def rejecting(*drafts: int, selected: int = 9) -> CloudSession:
     return session
 
 
-def repeating(*tokens: int, want: Want = Want.SPECULATE) -> CloudSession:
-    """A session without drafts whose text repeats itself."""
-    opened = replace(OPEN, tokens=tokens, prompt_len=len(tokens), max_new_tokens=90, want=want)
-    return session_of(opened, replace(SETTINGS, window_tokens=50), cached_len=len(tokens) - 1)
-
-
 def recycling(session: CloudSession, most: int = 99) -> Rows:
     assert offered(session).worth == []
     return session.take(1 + min(len(session.recycle()), most), 0.0)
@@ -93,49 +87,13 @@ def test_guess_says_nothing_of_the_edges_drafts() -> None:
     assert after.acceptance == before.acceptance
 
 
-def test_guess_goes_behind_the_drafts() -> None:
-    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
-    session.drafted(draft_on(session, 3, 4), now=0.0)
-    drafts = offered(session).worth
-    worth = session.recycle()
-    assert worth == pytest.approx([drafts[-1] * 0.65, drafts[-1] * 0.65 * 0.7]), "as likely as the last draft at most"
-    rows = session.take(1 + 2 + 2, 0.0)
-    assert (rows.tokens, rows.parents) == ((2, 3, 4, 5, 6), (-1, 0, 1, 2, 3))
-    stepped = step(session, 3, 4, 5, 9, 99)
-    commit = commit_of(stepped)
-    assert (commit.num_drafted, commit.num_accepted, commit.num_recycled) == (2, 2, 1)
-    assert (commit.tokens, stepped.kept_rows) == ((3, 4, 5, 9), (0, 1, 2, 3))
-
-
-def test_guess_behind_a_draft_that_is_wrong_is_wrong() -> None:
-    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
-    session.drafted(draft_on(session, 3, 4), now=0.0)
-    offered(session)
-    session.recycle()
-    session.take(1 + 2 + 2, 0.0)
-    commit = commit_of(step(session, 3, 5, 5, 6, 99))
-    assert (commit.tokens, commit.num_drafted, commit.num_accepted, commit.num_recycled) == ((3, 5), 2, 1, 0)
-
-
-@pytest.mark.parametrize("granted", [1, 2])
-def test_step_without_all_drafts_has_no_guess(granted: int) -> None:
-    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
-    session.drafted(draft_on(session, 3, 4), now=0.0)
-    offered(session)
-    session.recycle()
-    assert session.take(granted, 0.0).tokens == (2, 3)[:granted]
-
-
-def test_no_guess_goes_behind_siblings_or_more_drafts_than_a_step_takes() -> None:
-    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
-    session.drafted(draft_on(session, 3), now=0.0)
-    session.drafted(draft_on(session, 9), now=0.0)
-    offered(session)
+def test_drafts_go_before_a_guess() -> None:
+    session = rejecting(5, 6, 7, 8)
+    session.drafted(draft_on(session, 6), now=0.0)
+    assert offered(session).worth != []
     assert session.recycle() == []
-    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
-    session.drafted(draft_on(session, 3, 4, 5, 6, 1), now=0.0)
-    offered(session)
-    assert session.recycle() == []
+    planned(session)
+    assert commit_of(step(session, 6, 1)).num_recycled == 0
 
 
 def test_guess_that_drafts_overtake_is_forgotten() -> None:
@@ -195,6 +153,12 @@ def test_guessed_stop_token_ends_the_text() -> None:
     recycling(session)
     commit = commit_of(step(session, 6, STOP, 99, 99))
     assert (commit.tokens, commit.num_recycled, commit.finish) == ((6, STOP), 2, Finish.STOP)
+
+
+def repeating(*tokens: int, want: Want = Want.SPECULATE) -> CloudSession:
+    """A session without drafts whose text repeats itself."""
+    opened = replace(OPEN, tokens=tokens, prompt_len=len(tokens), max_new_tokens=90, want=want)
+    return session_of(opened, replace(SETTINGS, window_tokens=50), cached_len=len(tokens) - 1)
 
 
 def test_text_that_repeats_itself_is_guessed_from_the_first_step_on() -> None:

@@ -158,16 +158,6 @@ def test_decode_step_alone_carries_recycled_rows_that_pay() -> None:
     assert policy.allot([replace(recycling, outlook=None, decodes=Decodes.NEVER)]).rows == [0]
 
 
-def test_step_alone_that_takes_all_drafts_carries_recycled_rows_that_pay() -> None:
-    policy = BestRate(lambda rows: 30.0 if rows <= 4 else 55.0, 64)
-    soon = replace(SOON, rtt_ms=200.0, next_ms=201.0, asked_ms=200.0)
-    drafting = replace(offer(0.9), outlook=soon, recycled=[0.5, 0.4, 0.3])
-    assert policy.allot([drafting]).rows == [4]
-    full = replace(drafting, worth=[0.9, 0.5, 0.4], recycled=[0.3, 0.2, 0.1])
-    assert policy.allot([full]).rows == [4], "a fifth row costs more than all of the guess brings"
-    assert policy.allot([replace(drafting, worth=[0.9, 0.8, 0.7, 0.01])]).rows == [4], "none behind drafts that wait"
-
-
 def test_spare_decode_rows_carry_recycled_rows_that_lower_no_rate() -> None:
     spare = replace(offer(decodes=Decodes.SPARE), recycled=[0.5, 0.2, 0.1])
     assert BestRate(lambda _: 30.0, 64).allot([offer(0.9), spare, spare]).rows == [2, 4, 4]

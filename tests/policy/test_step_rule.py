@@ -221,6 +221,3 @@ def test_recycled_rows_are_taken_as_long_as_each_is_worth_its_time() -> None:
     assert stepwise.recycled_rows([], broken) == 0
     assert stepwise.recycled_rows([0.9, 0.8, 0.7, 0.6], None) == 2, "the fourth row takes longer than it saves"
     assert stepwise.recycled_rows([0.09, 0.08], None) == 0
-    assert stepwise.recycled_rows([0.4, 0.3, 0.2], broken, drafts=[0.5]) == 1, "of these rows the first two are free"
-    assert stepwise.recycled_rows([0.04, 0.03], broken, drafts=[0.5]) == 0, "hardly ever right, if the draft is"
-    assert stepwise.recycled_rows([0.7, 0.6, 0.5], None, drafts=[0.8]) == 1

@@ -106,19 +106,18 @@ def drafts(draw: st.DrawFn) -> Draft:
 def commits(draw: st.DrawFn) -> Commit:
     tokens = draw(TOKENS)
     num_drafted = draw(INT)
-    num_accepted = draw(st.integers(0, min(num_drafted, len(tokens))))
     return Commit(
         start=draw(INT),
         tokens=tokens,
         num_drafted=num_drafted,
-        num_accepted=num_accepted,
+        num_accepted=draw(st.integers(0, min(num_drafted, len(tokens)))),
         finish=draw(st.sampled_from(Finish)),
         queue_ms=draw(st.floats(0, 1e6)),
         verify_ms=draw(st.floats(0, 1e6)),
         max_ahead=draw(INT),
         hold_tokens=draw(INT),
         is_holding=draw(st.booleans()),
-        num_recycled=draw(st.integers(0, 0 if num_accepted < num_drafted else len(tokens) - num_accepted)),
+        num_recycled=draw(st.integers(0, 0 if num_drafted else len(tokens))),
         next_rows=draw(st.none() | INT),
         step_ms=tuple(draw(st.lists(FLOAT32.filter(bool), max_size=3))),
     )
@@ -333,7 +332,6 @@ def test_malformed_edge_message_is_refused(message: pb.Open | pb.Draft | pb.Hear
         (pb.Commit(tokens=[1], num_drafted=2, num_accepted=2), "num_accepted is 2 of 2 drafted, with 1 tokens"),
         (pb.Commit(tokens=[1], num_recycled=2), "num_recycled is 2, with 1 tokens and 0 drafted"),
         (pb.Commit(tokens=[1, 2], num_drafted=1, num_recycled=1), "num_recycled is 1, with 2 tokens and 1 drafted"),
-        (pb.Commit(tokens=[1, 2], num_drafted=1, num_accepted=1, num_recycled=2), "num_recycled is 2, with 2 tokens"),
         (pb.Commit(num_drafted=2**31), "num_drafted"),
         (pb.Commit(max_ahead=2**31), "max_ahead"),
         (pb.Commit(hold_tokens=2**31), "hold_tokens"),
