@@ -238,10 +238,11 @@ class CloudSession:
         weight = 1.0 / max(self.goodput(now), _LEAST_GOODPUT)
         return Offer(prefill_rows, worth, decodes, weight, (now - self._ready_at) * 1000)
 
-    def recycle(self) -> list[float]:
-        """Offer recycled rows beside a decode step that has no drafts: how likely each is right.
+    def recycle(self, now: float) -> list[float]:
+        """Offer recycled rows beside a decode step that has no drafts: what each is worth.
 
-        At most `max_draft_rows`; call after `offer`.
+        That is how likely it is right, and that the edge's own drafts will not be there for the step behind this one:
+        where they will, a guess only says sooner what they say. At most `max_draft_rows`; call after `offer`.
         """
         most = min(self._settings.max_draft_rows, self._limit - 1 - len(self.log))
         if self._offered or most < 1 or self.opened.want is Want.STREAM:
@@ -251,7 +252,11 @@ class CloudSession:
             again = self._rejected.offer(self.log.tokens(self._rejected.start), most)
             tokens, worth = max((tokens, worth), again, key=lambda guess: sum(guess[1]))
         self._offered, self._is_recycling = detached(len(self.log) - 1, tokens), True
-        return worth
+        length = len(self.log)
+        # The step's own token is the first of those that will have landed, a guess takes the place of the next ones.
+        foretold = self._forecast.landed_tokens(length, now) - 1
+        missed = 1.0 - self._calibration.overall ** (1 + self._forecast.unknown_tokens(length))
+        return [chance * missed if count < foretold else chance for count, chance in enumerate(worth)]
 
     def hold(self, until: float) -> None:
         """No step before that time, unless drafts come; a hold that goes on keeps its end."""

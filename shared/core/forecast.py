@@ -64,6 +64,11 @@ class Forecast:
         expected_ms = self._expected_ms(length, now)
         return max(expected_ms, -expected_ms - self._step_ms, 0.0)
 
+    def landed_tokens(self, length: int, now: float) -> int:
+        """How many tokens of the path from this position on will be here a step from now, if it lasts as the last."""
+        left_ms = self._step_ms - self.next_ms(length, now)
+        return 1 + int(left_ms / self.draft_ms) if self.draft_ms and left_ms >= 0.0 else 0
+
     def asked(self, length: int, now: float) -> None:
         """A commit asks for drafts up to this length, 0: for none; what was asked before keeps its time."""
         if length != self._asked_len or not self._is_asked(now):

@@ -142,7 +142,7 @@ class SessionTable:
             allotment = self._policy.allot([offer for _, offer in offered])
         elif decided is not None and decided[0] is session:
             if not is_alone:  # it was asked for its offer anew
-                session.recycle()
+                session.recycle(now)
             allotment = decided[2]
         else:
             allotment = self._allot_alone(session, offer, now, may_ask=False)
@@ -225,7 +225,7 @@ class SessionTable:
                 offered.append((session, offer))
         if 1 < len(offered) <= _MOST_RECYCLING:
             for session, offer in offered:
-                offer.recycled = () if offer.prefill_rows else session.recycle()
+                offer.recycled = () if offer.prefill_rows else session.recycle(now)
         return offered
 
     def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:
@@ -251,7 +251,7 @@ class SessionTable:
         return Send(number, commit)
 
     def _allot_alone(self, session: CloudSession, offer: Offer, now: float, *, may_ask: bool) -> Allotment:
-        offer.recycled = session.recycle()
+        offer.recycled = session.recycle(now)
         offer.outlook = session.outlook(now, may_ask=may_ask)
         return self._policy.allot([offer])
 

@@ -33,6 +33,18 @@ def test_after_a_break_the_next_token_is_a_round_trip_and_a_draft_away() -> None
     assert forecast.unknown_tokens(12) == 0
 
 
+def test_answer_to_a_break_lands_within_a_step_that_is_long_enough() -> None:
+    forecast = forecast_of()
+    assert forecast.landed_tokens(10, now=1.0) == 0, "no step is known"
+    forecast.committed(11, is_break=False, now=1.0)
+    forecast.committed(12, is_break=True, now=1.1)  # the next token is here in 45 ms, and one every 5 ms then
+    assert forecast.landed_tokens(12, now=1.1) == 12
+    forecast.committed(13, is_break=True, now=1.12)
+    assert forecast.landed_tokens(13, now=1.12) == 0
+    forecast.draft_ms = 0.0
+    assert forecast.landed_tokens(13, now=1.12) == 0
+
+
 def test_nothing_was_asked_for_before_the_first_commit() -> None:
     assert forecast_of().asked_ms(now=1.0) == 0.0
 

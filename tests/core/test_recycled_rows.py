@@ -26,7 +26,7 @@ def rejecting(*drafts: int, selected: int = 9) -> CloudSession:
 
 def recycling(session: CloudSession, most: int = 99) -> Rows:
     assert offered(session).worth == []
-    return session.take(1 + min(len(session.recycle()), most), 0.0)
+    return session.take(1 + min(len(session.recycle(0.0)), most), 0.0)
 
 
 def commits(effects: list[CloudEffect]) -> list[Commit]:
@@ -64,14 +64,14 @@ def test_guess_that_was_not_granted_or_is_all_wrong_costs_nothing() -> None:
 def test_next_guess_knows_what_became_of_the_last() -> None:
     session = rejecting(5, 6, 7, 8)
     offered(session)
-    before = session.recycle()
+    before = session.recycle(0.0)
     session.take(1, 0.0)  # none of it: the text tells all the same
     step(session, 6)
     session.drafted(draft_on(session, 5, 6, 7), now=0.0)
     planned(session)
     step(session, 9, 99, 99, 99)
     offered(session)
-    assert session.recycle()[0] > before[0]
+    assert session.recycle(0.0)[0] > before[0]
 
 
 def test_guess_says_nothing_of_the_edges_drafts() -> None:
@@ -91,7 +91,7 @@ def test_drafts_go_before_a_guess() -> None:
     session = rejecting(5, 6, 7, 8)
     session.drafted(draft_on(session, 6), now=0.0)
     assert offered(session).worth != []
-    assert session.recycle() == []
+    assert session.recycle(0.0) == []
     planned(session)
     assert commit_of(step(session, 6, 1)).num_recycled == 0
 
@@ -99,7 +99,7 @@ def test_drafts_go_before_a_guess() -> None:
 def test_guess_that_drafts_overtake_is_forgotten() -> None:
     session = rejecting(5, 6, 7, 8)
     offered(session)
-    session.recycle()
+    session.recycle(0.0)
     session.drafted(draft_on(session, 6), now=0.0)
     assert planned(session) is not None
     commit = commit_of(step(session, 6, 1))
@@ -183,6 +183,28 @@ def test_better_guess_of_the_two_is_taken() -> None:
         step(session, token, *[99] * 3)
         rows = recycling(session)
     assert rows.tokens == (20, 30, 40, 1, 7), "three tokens of the text match, none of the path does any more"
+
+
+def worth_after_a_break(draft_ms: float) -> list[float]:
+    """Of a guess 100 ms after the commit before, where the edge's answer takes 40 ms and a draft."""
+    session = repeating(1, 2, 3, 4, 5, 6, 1, 2)
+    session.acknowledged(8, draft_ms, 40.0, 0.0)
+    offered(session)
+    session.take(1, 0.0)
+    step(session, 3)
+    session.drafted(draft_on(session, 9), 0.0)
+    planned(session)
+    step(session, 4, 99, now=0.1)
+    offered(session, 0.1)
+    return session.recycle(0.1)
+
+
+@pytest.mark.parametrize(("draft_ms", "foretold"), [(5.0, 4), (19.0, 2), (60.0, 0), (200.0, 0)])
+def test_guess_is_worth_less_where_drafts_will_have_said_the_same(draft_ms: float, foretold: int) -> None:
+    unknown, worth = worth_after_a_break(0.0), worth_after_a_break(draft_ms)
+    assert len(unknown) == 4
+    assert worth[foretold:] == unknown[foretold:]
+    assert all(ours < 0.5 * theirs for ours, theirs in zip(worth[:foretold], unknown, strict=False))
 
 
 @pytest.mark.parametrize(("sessions", "row_ms", "guess"), [(2, 0.0, (4, 5, 6, 1)), (2, 30.0, ()), (33, 0.0, ())])
