@@ -50,7 +50,7 @@ class Script:
     @classmethod
     def of_drafts(cls, is_right: Sequence[bool], confidences: Sequence[float]) -> "Script":
         """Drafts that are right where it says so."""
-        tokens = [1 + index % 997 for index in range(len(is_right))]
+        tokens = [1 + max(PROMPT) + index % 995 for index in range(len(is_right))]  # neither text nor prompt repeat any
         drafts = [token if right else WRONG for token, right in zip(tokens, is_right, strict=True)]
         return cls(tokens, drafts, confidences)
 
