@@ -26,15 +26,16 @@ When no drafts are pending, `self_decode` decides: `always` decodes, `idle` deco
 decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
 than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
 
-A decode step may carry *recycled* rows: a guess at how the text goes on, from the path that was
-rejected last (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as
-none: what they tell is not the edge's. A plain stream has none: it is what the target does by itself.
+A decode step may carry *recycled* rows: a guess at how the text goes on, from the path that was rejected last
+(`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as none: what they
+tell is not the edge's. A plain stream has none: it is what the target does by itself.
 
 Drafts may arrive while a step is in flight: they name their prefix by hash, so they hang where they belong, and what
 the step commits re-roots them.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import exp, inf
 
 from shared.core.acceptance import Calibration
@@ -256,7 +257,8 @@ class CloudSession:
         # The step's own token is the first of those that will have landed, a guess takes the place of the next ones.
         foretold = self._forecast.landed_tokens(length, now) - 1
         missed = 1.0 - self._calibration.overall ** (1 + self._forecast.unknown_tokens(length))
-        return [chance * missed if count < foretold else chance for count, chance in enumerate(worth)]
+        worth = [chance * missed if count < foretold else chance for count, chance in enumerate(worth)]
+        return list(accumulate(worth, min))  # a row is no good without the ones before it
 
     def hold(self, until: float) -> None:
         """No step before that time, unless drafts come; a hold that goes on keeps its end."""

@@ -104,7 +104,7 @@ class Offer:
     that draft row i commits its token, in the order in which rows are taken, never rising. `weight` is what a committed
     token of this session counts, `waited_ms` how long the session has been ready. `outlook` is None where nothing is
     to be waited for. Where there are no drafts, `recycled[i]` is the like of `worth` for rows that the verifier guessed
-    itself.
+    itself; it never rises either.
     """
 
     prefill_rows: int
