@@ -308,7 +308,7 @@ class _Run:
         if log.has_prefix(draft.start, draft.parent_hash):
             end = log.match(draft.start, proposal.tokens)
             known = max(0, self._session.committed_len - draft.start)
-            self._statistics.sources.drafted(draft.start + known, proposal.tokens[known:end], sources[known:end])
+            self._statistics.saw_drafts(draft.start + known, proposal.tokens[known:end], sources[known:end])
 
     def _fail(self, error: BaseException) -> None:
         """End the answer by raising to its caller."""

@@ -320,27 +320,26 @@ def _draft_from_wire(wire: pb.Draft) -> Draft:
 
 
 def _commit_from_wire(wire: pb.Commit) -> Commit:
-    if wire.num_accepted > min(wire.num_drafted, len(wire.tokens)):
-        raise RemoteProtocolError(
-            f"Commit.num_accepted is {wire.num_accepted} of {wire.num_drafted} drafted, with {len(wire.tokens)} tokens"
-        )
-    if wire.num_recycled > (0 if wire.num_drafted else len(wire.tokens)):
-        raise RemoteProtocolError(
-            f"Commit.num_recycled is {wire.num_recycled}, with {len(wire.tokens)} tokens and {wire.num_drafted} drafted"
-        )
+    # An edge reads one for each step: no field is read twice.
+    tokens = _tokens("Commit.tokens", wire.tokens, MAX_SESSION_TOKENS)
+    drafted, accepted, recycled, step_ms = wire.num_drafted, wire.num_accepted, wire.num_recycled, wire.step_ms
+    if accepted > drafted or accepted > len(tokens):
+        raise RemoteProtocolError(f"Commit.num_accepted is {accepted} of {drafted} drafted, with {len(tokens)} tokens")
+    if recycled > (0 if drafted else len(tokens)):
+        raise RemoteProtocolError(f"Commit.num_recycled is {recycled}, with {len(tokens)} tokens and {drafted} drafted")
     return Commit(
         start=_integer("Commit.start", wire.start),
-        tokens=_tokens("Commit.tokens", wire.tokens, MAX_SESSION_TOKENS),
-        num_drafted=_integer("Commit.num_drafted", wire.num_drafted),
-        num_accepted=wire.num_accepted,
+        tokens=tokens,
+        num_drafted=_integer("Commit.num_drafted", drafted),
+        num_accepted=accepted,
         finish=_enum("Commit.finish", Finish, wire.finish),
         queue_ms=float(wire.queue_ms),
         verify_ms=float(wire.verify_ms),
         max_ahead=_integer("Commit.max_ahead", wire.max_ahead),
         hold_tokens=_integer("Commit.hold_tokens", wire.hold_tokens),
         is_holding=wire.is_holding,
-        num_recycled=wire.num_recycled,
-        step_ms=_durations("Commit.step_ms", wire.step_ms),
+        num_recycled=recycled,
+        step_ms=_durations("Commit.step_ms", step_ms) if step_ms else (),
         next_rows=_integer("Commit.next_rows", wire.next_rows) if wire.HasField("next_rows") else None,
     )
 

@@ -329,7 +329,7 @@ class CloudSession:
         self.stepped_at = now
         self.finish = self._finish_of(tokens[-1])
         self.cached_len = len(self.log) - 1
-        rows = (*range(step.fed), *(step.fed + index for index in accepted))[: self.cached_len - start]
+        rows = (*range(step.fed), *[step.fed + index for index in accepted])[: self.cached_len - start]
         commit = Commit(
             start=len(self.log) - len(tokens),
             tokens=tokens,

@@ -276,9 +276,9 @@ class EdgeSession:
             return []  # nothing to decide
         seen = path.observe(settled_len, held_len, self.link, self._max_ahead, now)
         drafts: list[EdgeEffect] = []
-        if path.can_draft and self._request.ending(path.log) is Finish.NONE:
+        if path.can_draft:
             n = 1 if self._shows_local else min(self._policy.draft_tokens(seen), self._request.limit - len(path))
-            drafts = [path.draft(n, now)] if n else []
+            drafts = [path.draft(n, now)] if n and self._request.ending(path.log) is Finish.NONE else []
         if seen.unsent_tokens:
             wait_ms = self._policy.send_in_ms(seen, path.in_flight is not None)
             if wait_ms < _CLOCK_GRAIN_MS:

@@ -230,7 +230,8 @@ class SessionTable:
 
     def _asking(self, session: CloudSession, commit: Commit, now: float) -> Commit:
         """With what is decided of the next steps: what one waits for, so that it is sent, and when they will begin."""
-        is_alone = session.is_ready and sum(other.is_ready for other in self.ledger.live) == 1
+        live = self.ledger.live
+        is_alone = session.is_ready and (len(live) == 1 or sum(other.is_ready for other in live) == 1)
         offer = session.offer(now) if is_alone else None
         if offer is None:
             return commit

@@ -77,6 +77,8 @@ class PathSiblings:
         with it, as far as steps lately had room for those that were right; it must be worth `price`.
         """
         chosen: list[Leaf] = []
+        if not self._at:
+            return chosen
         table, used = self.calibration.table, max(self._use.rate, _LEAST_USE)
         for position, chance in enumerate(chances, start=start):
             tokens, confidences = self._at.get(position, ((), b""))

@@ -116,8 +116,8 @@ class StepClock:
         sent_at, sent_to, told_rows = self._sent_at, self._sent_to, self._next_rows
         most = max(len(self._curve_ms) - 1, max(durations, default=0))
         for _ in range(_MOST_STEPS if durations or self._curve_ms else 0):
-            landed = sent_to[bisect_right(sent_at, began) - 1]
-            rows = drafts = min(max(landed - length, 0), most)
+            drafts = sent_to[bisect_right(sent_at, began) - 1] - length  # those that have landed
+            rows = drafts = 0 if drafts < 0 else drafts if drafts < most else most
             if told_rows is not None:
                 rows, told_rows = told_rows, None
             step_ms = durations[rows] if rows in durations else self._expected_ms(rows)

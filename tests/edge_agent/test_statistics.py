@@ -89,3 +89,24 @@ def test_everything_retracted_begins_anew() -> None:
     assert (statistics.ttft_ms, statistics.retracted_tokens) == (0.0, 2)
     statistics.saw(Emit(3, (9,), (CLOUD,)), now=3.0)
     assert statistics.ttft_ms == 3000.0
+
+
+def test_sources_are_judged_in_the_order_of_what_happened() -> None:
+    """Commits are counted some at a time, but never behind drafts that came after them."""
+    statistics = Statistics(begun_at=0.0)
+    statistics.saw_drafts(10, (1, 2, 3), ("ngram",) * 3)
+    statistics.saw_commit(Commit(10, (9,)))  # so 2 and 3 were drafted on a path that the text did not take
+    statistics.saw_drafts(11, (5,), ("model",))
+    statistics.saw_commit(Commit(11, (5,)))
+    assert statistics.report(QUIET, draft_ms=0.0, rtt_ms=0.0, wasted_tokens=0)["draft_sources"] == {
+        "model": {"num_draft_tokens": 1, "num_accepted_tokens": 1, "acceptance_rate": 1.0},
+        "ngram": {"num_draft_tokens": 1, "num_accepted_tokens": 0, "acceptance_rate": 0.0},
+    }
+
+
+def test_every_commit_is_counted_however_many_there_are() -> None:
+    statistics = Statistics(begun_at=0.0)
+    for position in range(100):
+        statistics.saw_commit(Commit(position, (7,), verify_ms=2.0))
+    report = statistics.report(QUIET, draft_ms=0.0, rtt_ms=0.0, wasted_tokens=0)
+    assert (report["num_steps"], report["mean_verify_ms"]) == (100, 2.0)
