@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.link import LinkSpec
-from benchmarks.processes import BenchError, Child, edge, machine, verifier
+from benchmarks.processes import ROOT, BenchError, Child, edge, machine, verifier
 from benchmarks.prompts import Prompt, load_prompts
 from edge_agent.texts import FEWEST_TOKENS
 from shared.policy.limit import Measured, best_tpot_ms
@@ -161,22 +161,22 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def bench(plan: Plan) -> AsyncIterator[Bench]:
-    """Everything up and warm while the context lasts."""
+async def bench(plan: Plan, root: Path = ROOT) -> AsyncIterator[Bench]:
+    """Everything up and warm while the context lasts, of the checkout `root`."""
     target = {"target.dtype": plan.dtype}
     device = {"sampling.temperature": plan.temperature, "sampling.seed": plan.seed}
     async with contextlib.AsyncExitStack() as stack:
-        running = await stack.enter_async_context(verifier(plan.engine, target))
+        running = await stack.enter_async_context(verifier(plan.engine, target, root))
         waiting = running
         if "stop_and_wait" in plan.ways:
             waiting = await stack.enter_async_context(
-                verifier(plan.engine, target | {"speculation.self_decode": "off"})
+                verifier(plan.engine, target | {"speculation.self_decode": "off"}, root)
             )
         links = [
             await stack.enter_async_context(LinkProxy("127.0.0.1", _port(child), seed=plan.seed))
             for child in (running, waiting)
         ]
-        edges = {draft: await stack.enter_async_context(edge(draft, device)) for draft in plan.drafts}
+        edges = {draft: await stack.enter_async_context(edge(draft, device, root)) for draft in plan.drafts}
         yield Bench(edges, links[0], links[1], running.hello["cost_ms"])
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from shared.config import ConfigError
 from shared.engine import EngineError
 
+ROOT = Path(__file__).resolve().parents[2]  # this checkout
 LONGEST_ANSWER_S = 600.0  # a target that is loaded, converted and measured first
 Say = Callable[[Mapping[str, object]], None]
 _LINE_BYTES = 1 << 24  # the longest line: a timeline of a long answer
@@ -62,27 +63,28 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def verifier(engine: str, overrides: Mapping[str, object]) -> AsyncIterator[Child]:
-    """A verifier on the first core while the context lasts; `overrides` are keys of its configuration."""
-    async with _child(
-        "verifier", 0, "benchmarks.verifier_process", {"engine": engine, "overrides": overrides}
-    ) as child:
+async def verifier(engine: str, overrides: Mapping[str, object], root: Path = ROOT) -> AsyncIterator[Child]:
+    """A verifier on the first core while the context lasts, of the checkout `root`.
+
+    `overrides` are keys of its configuration.
+    """
+    async with _child("verifier", 0, root, {"engine": engine, "overrides": overrides}) as child:
         yield child
 
 
 @contextlib.asynccontextmanager
-async def edge(draft: str, overrides: Mapping[str, object]) -> AsyncIterator[Child]:
+async def edge(draft: str, overrides: Mapping[str, object], root: Path = ROOT) -> AsyncIterator[Child]:
     """An edge on the last core while the context lasts; `draft` is a name of `benchmarks.drafts`."""
-    async with _child("edge", -1, "benchmarks.edge_process", {"draft": draft, "overrides": overrides}) as child:
+    async with _child("edge", -1, root, {"draft": draft, "overrides": overrides}) as child:
         yield child
 
 
 @contextlib.asynccontextmanager
-async def _child(name: str, core: Literal[0, -1], module: str, settings: Mapping[str, object]) -> AsyncIterator[Child]:
+async def _child(name: str, core: Literal[0, -1], root: Path, settings: Mapping[str, object]) -> AsyncIterator[Child]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, json.dumps(settings),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, limit=_LINE_BYTES,
-        preexec_fn=lambda: pin(core), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        sys.executable, "-m", f"benchmarks.{name}_process", json.dumps(settings),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root / "scripts", limit=_LINE_BYTES,
+        preexec_fn=lambda: pin(core), env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     child = Child(process, name)
     try:

@@ -1,0 +1,95 @@
+"""Two checkouts in turn: what a change did to the time of a token.
+
+Machines drift, and an answer varies by more than most changes bring: by a quarter in bfloat16, where near-ties fall
+either way. So each version keeps an edge and a verifier of its own, each prompt is answered by one and at once by the
+other (who begins changes from pair to pair), and what counts is the ratio of each such pair. In float32 both give the
+same text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.latency import Plan, bench
+from benchmarks.processes import ROOT, BenchError, machine
+from benchmarks.prompts import load_prompts
+from edge_agent.texts import FEWEST_TOKENS
+
+_Answer = dict[str, Any]
+_WARM_UP_TOKENS = 8
+_FIGURES = ("tpot_ms", "num_steps", "num_draft_tokens", "num_accepted_tokens", "num_recycled_tokens",
+            "wasted_draft_tokens", "draft_ms", "mean_verify_ms")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt's answers: this version's, and the one's that it is held against."""
+
+    category: str
+    ours: _Answer
+    theirs: _Answer
+
+    @property
+    def is_long_enough(self) -> bool:
+        """Whether both have a time per token."""
+        return min(len(self.ours["tokens"]), len(self.theirs["tokens"])) >= FEWEST_TOKENS
+
+    @property
+    def ratio(self) -> float:
+        """This version's time per token over the other's."""
+        return float(self.ours["statistics"]["tpot_ms"] / self.theirs["statistics"]["tpot_ms"])
+
+
+async def versions(plan: Plan, against: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of `bench versions`. Raises `BenchError` where `against` is no checkout of this project."""
+    if not (against / "scripts" / "benchmarks" / "edge_process.py").is_file():
+        raise BenchError(f"{against} is no checkout of this project; make one with git worktree add {against} REVISION")
+    prompts = load_prompts(plan.prompts, plan.num_prompts, plan.categories)
+    (spec,), (draft,), pairs = plan.links, plan.drafts, list[Pair]()
+    async with bench(plan, ROOT) as ours, bench(plan, against) as theirs:
+        for version in (ours, theirs):
+            version.change(spec)
+            await version.answer(draft, "outrider", prompts[0], _WARM_UP_TOKENS)
+        for number, prompt in enumerate(prompts * plan.rounds):
+            given = dict[bool, _Answer]()
+            for is_ours in (True, False) if number % 2 else (False, True):
+                version = ours if is_ours else theirs
+                given[is_ours] = await version.answer(draft, "outrider", prompt, plan.max_new_tokens)
+            pairs.append(Pair(prompt.category, given[True], given[False]))
+            progress(f"{prompt.category}: {pairs[-1].ratio:.3f}")
+    return {
+        "against": str(against),
+        **compare([pair for pair in pairs if pair.is_long_enough]),
+        "link": spec.name,
+        "draft": draft,
+        "dtype": plan.dtype,
+        **machine(plan.seed, "torch"),
+    }
+
+
+def compare(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The geometric mean of the pairs' ratios with its standard error; the mean of each figure, ours and theirs.
+
+    Raises `BenchError` for less than two pairs: then nothing is known of how far they vary.
+    """
+    if len(pairs) < 2:
+        raise BenchError(f"{len(pairs)} pair(s) of answers with {FEWEST_TOKENS} tokens and more; give more prompts")
+    logs = [log(pair.ratio) for pair in pairs]
+    ratio = exp(mean(logs))
+    means = {
+        name: [
+            round(mean(float(answer["statistics"][name]) for answer in answers), 3)
+            for answers in ([pair.ours for pair in pairs], [pair.theirs for pair in pairs])
+        ]
+        for name in _FIGURES
+    }
+    return {
+        "ratio": round(ratio, 4),
+        "ratio_standard_error": round(ratio * stdev(logs) / sqrt(len(pairs)), 4),
+        "pairs": len(pairs),
+        "identical_pairs": sum(pair.ours["tokens"] == pair.theirs["tokens"] for pair in pairs),
+        **means,
+    }
