@@ -95,7 +95,8 @@ class Worker:
         self._num_collections = 0
         self._num_evicted = 0  # as far as counted
         self._idle_since: float | None = None  # when the last forward ended; None once the worker has slept
-        self._uncounted: list[StepReport] = []  # counting waits until the next forward runs, and for some company
+        # Counting waits until the next forward runs, and for some company.
+        self._uncounted: list[Callable[[], StepReport]] = []
         self._counted_at = -math.inf
         self._thread = EngineThread("engine")
         self._log = _log.bind()  # or each event would bind it anew
@@ -189,6 +190,7 @@ class Worker:
         self._cached |= used
         running = self._thread.start(partial(self._forward, effects, batch))
         self._deliver()
+        self._table.read_along()
         came_or_went = self._stale_tokens.keys() ^ self._table.sessions
         if came_or_went or self._clock() >= self._counted_at + _COUNT_EVERY_S:
             self._count()
@@ -209,7 +211,7 @@ class Worker:
         self._collect(committed)
         outside_ms = None if self._idle_since is None else (forwarded.began - self._idle_since) * 1000
         self._idle_since = forwarded.ended
-        self._uncounted.append(_report(batch, committed, schedule_ms, verify_ms, outside_ms))
+        self._uncounted.append(partial(_report, batch, committed, schedule_ms, verify_ms, outside_ms))
 
     def _forward(self, effects: Sequence[_EngineEffect], batch: Sequence[Rows]) -> _Forwarded:
         """On the engine's thread: what the last step left to do, then the forward."""
@@ -300,7 +302,8 @@ class Worker:
 
     def _count(self) -> None:
         self._counted_at = self._clock()
-        for report in self._uncounted:
+        for make_report in self._uncounted:
+            report = make_report()
             self._metrics.stepped(report)
             verify_ms = round(report.verify_ms, 1)
             self._log.debug("step", sessions=report.sessions, committed=report.num_committed, verify_ms=verify_ms)
@@ -332,7 +335,7 @@ def _report(
     verify_ms: float,
     outside_ms: float | None,
 ) -> StepReport:
-    # The engine waits for this: one pass over each, not one for each sum.
+    # With hundreds of sessions in a step: one pass over each, not one for each sum.
     prefill_rows = draft_rows = self_decode_rows = 0
     for rows in batch:
         prefill_rows += rows.first_selected

@@ -344,6 +344,11 @@ class CloudSession:
         self.acceptance.count(commit)
         return Stepped(commit, start, rows)
 
+    def read_along(self) -> None:
+        """Look over what the step in flight reads of a prompt, while it runs: the guesses to come need it."""
+        if self._step is not None and self._step.fed > 1 and self.opened.want is not Want.STREAM:
+            self._lookup.read(self.cached_len + self._step.fed)
+
     def failed(self) -> None:
         """The forward of the step in flight failed: nothing was committed, and what the cache holds is unknown."""
         self._step = None

@@ -74,7 +74,7 @@ class PromptLookup:
     """Guesses at how a log goes on, from what it holds, and what they are worth."""
 
     def __init__(self, log: TokenLog) -> None:
-        """`log` only grows. Nothing is looked up before the first offer, so what needs none keeps no index."""
+        """`log` only grows. Nothing is read before it must be, so what needs no guesses keeps no index."""
         self._log = log
         self._index = TokenIndex()
         self._behind: dict[int, int] = {}  # each token's latest place that something follows: the position behind it
@@ -84,12 +84,17 @@ class PromptLookup:
     def __repr__(self) -> str:
         return f"<PromptLookup in {self._index!r}, {self._chances!r}>"
 
-    def offer(self, n: int) -> tuple[tuple[int, ...], list[float]]:
-        """A guess of `n` tokens or none, and how likely it is right up to each of them; `judge` must follow."""
+    def read(self, length: int) -> None:
+        """Index the log up to there, a microsecond a token: long prompts before an offer has to wait for it."""
         known = self._index.tokens
         start = max(len(known) - 1, 0)
-        self._index.extend(self._log.tokens(len(known)))
+        self._index.extend(self._log.tokens(len(known), length))
         self._behind.update(zip(known[start:-1], range(start + 1, len(known)), strict=True))
+
+    def offer(self, n: int) -> tuple[tuple[int, ...], list[float]]:
+        """A guess of `n` tokens or none, and how likely it is right up to each of them; `judge` must follow."""
+        self.read(len(self._log))
+        known = self._index.tokens
         match, tokens = self._index.guess(n)
         if not match and (place := self._behind.get(known[-1])) is not None:
             match, tokens = 1, tuple(known[place : place + n])
@@ -98,5 +103,6 @@ class PromptLookup:
 
     def judge(self, tokens: Sequence[int]) -> None:
         """These came where the last offer was made: learn from it."""
-        self._chances.learn(*self._guess, tokens)
-        self._guess = 0, ()
+        if self._guess[1]:
+            self._chances.learn(*self._guess, tokens)
+            self._guess = 0, ()

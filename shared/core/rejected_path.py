@@ -80,5 +80,6 @@ class RejectedPath:
 
     def judge(self, tokens: Sequence[int]) -> None:
         """These came where the last offer was made: learn from it."""
-        self.chances.learn(*self._guess, tokens)
-        self._guess = 0, ()
+        if self._guess[1]:
+            self.chances.learn(*self._guess, tokens)
+            self._guess = 0, ()

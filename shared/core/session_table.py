@@ -177,6 +177,11 @@ class SessionTable:
                 effects.append(self._send(session, commit))
         return effects + self._go_on(now)
 
+    def read_along(self) -> None:
+        """A step is in flight: do what would keep the next one waiting. It changes nothing but when that is done."""
+        for session in self._planned:
+            session.read_along()
+
     def failed(self, now: float) -> list[CloudEffect]:
         """The forward of the step failed: its sessions' caches are dropped; a session that was alone is given up."""
         planned, self._planned = self._planned, []

@@ -68,6 +68,8 @@ class PathSiblings:
 
     def num_sent(self, length: int) -> int:
         """How many were sent, of what was sent of the path up to `length`: the verifier holds them, too."""
+        if not self._num_sent:
+            return 0
         return sum(count for position, count in self._num_sent.items() if position < length)
 
     def choose(self, start: int, reach: float, chances: Sequence[float], price: float, most: int) -> list[Leaf]:

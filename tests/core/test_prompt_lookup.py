@@ -1,3 +1,5 @@
+from itertools import accumulate
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,3 +99,13 @@ def test_what_came_tells_what_the_next_guess_is_worth() -> None:
 
 def test_nothing_is_looked_up_before_it_is_asked_for() -> None:
     assert "<TokenIndex 0 tokens>" in repr(PromptLookup(TokenLog(range(100))))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.lists(st.integers(0, 30), max_size=4))
+def test_reading_ahead_changes_no_guess(tokens: list[int], lengths: list[int]) -> None:
+    log = TokenLog(tokens)
+    ahead = PromptLookup(log)
+    for length, furthest in zip(lengths, accumulate(lengths, max), strict=True):
+        ahead.read(length)
+        assert f"<TokenIndex {min(furthest, len(tokens))} tokens>" in repr(ahead)
+    assert ahead.offer(5) == PromptLookup(log).offer(5)

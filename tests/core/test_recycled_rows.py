@@ -51,6 +51,36 @@ def test_kept_rows_are_those_that_were_right() -> None:
     assert (stepped.start, stepped.kept_rows, session.cached_len) == (3, (0, 1), len(session.log) - 1)
 
 
+class AskedLog(TokenLog):
+    """Remembers which of its tokens were asked for."""
+
+    def __init__(self, tokens: tuple[int, ...]) -> None:
+        super().__init__(tokens)
+        self.asked: list[tuple[int, int | None]] = []
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> tuple[int, ...]:
+        self.asked.append((start, stop))
+        return super().tokens(start, stop)
+
+
+@pytest.mark.parametrize(
+    ("want", "cached_len", "asked"), [(Want.SPECULATE, 0, [(0, 3)]), (Want.SPECULATE, 2, []), (Want.STREAM, 0, [])]
+)
+def test_what_a_step_reads_is_looked_over_while_it_runs(
+    want: Want, cached_len: int, asked: list[tuple[int, int | None]]
+) -> None:
+    """A prompt, that is: a decode step reads one token, and a plain stream has no use for guesses."""
+    log = AskedLog(OPEN.tokens)
+    session = CloudSession("me/s", replace(OPEN, want=want), log, cached_len, SETTINGS, now=0.0)
+    planned(session)
+    log.asked.clear()
+    session.read_along()
+    assert log.asked == asked
+    step(session, 9)
+    session.read_along()
+    assert log.asked == asked, "no step is in flight"
+
+
 def test_guess_that_was_not_granted_or_is_all_wrong_costs_nothing() -> None:
     session = rejecting(5, 6, 7, 8)
     assert recycling(session, most=0).tokens == (9,)
