@@ -17,16 +17,16 @@ from shared import wire
 from shared.core import effects as fx
 from shared.core.draft_path import Learnt
 from shared.core.edge_session import EdgeSession
-from shared.core.messages import CloudMessage, Commit, EdgeMessage, Want
+from shared.core.messages import CloudMessage, Commit, EdgeMessage, Fingerprint, Want
 from shared.core.policies import DraftPolicy, StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import CloudSettings, EdgeSettings, Request, TableSettings
-from shared.testing.engines import TOY_VOCABULARY
 
 PROMPT = (1, 2)
 FRAME_BYTES = 76  # around a message: gRPC 5, HTTP/2 9, TLS 22, TCP/IP 40
 FEED_SHARE = 0.05  # a token that is fed takes this part of one that is drafted
-WRONG = 998  # a token that is in no text
+VOCABULARY = Fingerprint(size=1 << 14, digest=b"script")
+WRONG = VOCABULARY.size - 1  # a token that is in no text
 MARGIN = 64  # tokens of a script behind the end of the text: the edge drafts beyond it
 
 
@@ -49,8 +49,9 @@ class Script:
 
     @classmethod
     def of_drafts(cls, is_right: Sequence[bool], confidences: Sequence[float]) -> "Script":
-        """Drafts that are right where it says so."""
-        tokens = [1 + max(PROMPT) + index % 995 for index in range(len(is_right))]  # neither text nor prompt repeat any
+        """Drafts that are right where it says so; the text repeats no token, so there is nothing to look up in it."""
+        tokens = [1 + max(PROMPT) + index for index in range(len(is_right))]
+        assert tokens[-1] < WRONG, "the vocabulary has no more tokens"
         drafts = [token if right else WRONG for token, right in zip(tokens, is_right, strict=True)]
         return cls(tokens, drafts, confidences)
 
@@ -116,10 +117,10 @@ class TimedPair:
         self._situation = situation
         self._script = script
         length = len(script.tokens) - MARGIN
-        request = Request("s", PROMPT, length, TOY_VOCABULARY, want=want)
+        request = Request("s", PROMPT, length, VOCABULARY, want=want)
         cloud = cloud or CloudSettings(context_length=1 << 20)
         step_ms = tuple(situation.cost_ms[1 : cloud.max_draft_rows + 2])
-        settings = TableSettings(cloud, TOY_VOCABULARY, cache_blocks=1 << 12, step_ms=step_ms)
+        settings = TableSettings(cloud, VOCABULARY, cache_blocks=1 << 12, step_ms=step_ms)
         self.edge = EdgeSession(request, EdgeSettings(), draft_policy, learnt)
         self.table = SessionTable(settings, step_policy)
         self._events: list[tuple[float, int, Callable[[], None]]] = []

@@ -13,7 +13,7 @@ from shared.policy.run_ahead import RunAhead
 from shared.policy.scheduler import BestRate
 from shared.testing.fixed import CLOUD_ONLY, Setting, all_settings, stop_and_wait, tpot_ms
 from shared.testing.limit import best_reachable
-from shared.testing.speed import MARGIN, Script, Situation, Speed, TimedPair
+from shared.testing.speed import MARGIN, WRONG, Script, Situation, Speed, TimedPair
 from shared.testing.sweep import CURVES, SLOW_RATE, Cell, cells, compare
 
 TOKENS, WARM_UP = 600, 100
@@ -52,6 +52,12 @@ class FixedSteps:
 def script_of(acceptance: float) -> tuple[Script, list[bool]]:
     script = Script.of_acceptance(acceptance, WARM_UP + TOKENS + MARGIN, seed=3)
     return script, [token == draft for token, draft in zip(script.tokens, script.drafts, strict=True)]
+
+
+def test_a_long_script_repeats_nothing() -> None:
+    """Or the verifier would look the rest of the text up in its beginning, which no fixed setting can."""
+    script = Script.of_acceptance(0.9, 5000, seed=1)
+    assert len({*script.tokens, WRONG}) == 5001
 
 
 def machines(setting: Setting, situation: Situation, acceptance: float) -> Speed:
