@@ -81,10 +81,11 @@ async def edge(draft: str, overrides: Mapping[str, object], root: Path = ROOT) -
 
 @contextlib.asynccontextmanager
 async def _child(name: str, core: Literal[0, -1], root: Path, settings: Mapping[str, object]) -> AsyncIterator[Child]:
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))  # before what is installed
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", f"benchmarks.{name}_process", json.dumps(settings),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root / "scripts", limit=_LINE_BYTES,
-        preexec_fn=lambda: pin(core), env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: pin(core), env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     child = Child(process, name)
     try:

@@ -73,6 +73,8 @@ async def versions(plan: Plan, against: Path, progress: Callable[[str], None]) -
 def compare(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The geometric mean of the pairs' ratios with its standard error; the mean of each figure, ours and theirs.
 
+    What the other version does not report is left out.
+
     Raises `BenchError` for less than two pairs: then nothing is known of how far they vary.
     """
     if len(pairs) < 2:
@@ -85,6 +87,7 @@ def compare(pairs: Sequence[Pair]) -> dict[str, Any]:
             for answers in ([pair.ours for pair in pairs], [pair.theirs for pair in pairs])
         ]
         for name in _FIGURES
+        if name in pairs[0].theirs["statistics"]  # an older version may not know it
     }
     return {
         "ratio": round(ratio, 4),

@@ -25,8 +25,8 @@ from shared.core.settings import CloudSettings, EdgeSettings, Request, TableSett
 PROMPT = (1, 2)
 FRAME_BYTES = 76  # around a message: gRPC 5, HTTP/2 9, TLS 22, TCP/IP 40
 FEED_SHARE = 0.05  # a token that is fed takes this part of one that is drafted
-VOCABULARY = Fingerprint(size=1 << 14, digest=b"script")
-WRONG = VOCABULARY.size - 1  # a token that is in no text
+_VOCABULARY = Fingerprint(size=1 << 14, digest=b"script")
+WRONG = _VOCABULARY.size - 1  # a token that is in no text
 MARGIN = 64  # tokens of a script behind the end of the text: the edge drafts beyond it
 
 
@@ -117,10 +117,10 @@ class TimedPair:
         self._situation = situation
         self._script = script
         length = len(script.tokens) - MARGIN
-        request = Request("s", PROMPT, length, VOCABULARY, want=want)
+        request = Request("s", PROMPT, length, _VOCABULARY, want=want)
         cloud = cloud or CloudSettings(context_length=1 << 20)
         step_ms = tuple(situation.cost_ms[1 : cloud.max_draft_rows + 2])
-        settings = TableSettings(cloud, VOCABULARY, cache_blocks=1 << 12, step_ms=step_ms)
+        settings = TableSettings(cloud, _VOCABULARY, cache_blocks=1 << 12, step_ms=step_ms)
         self.edge = EdgeSession(request, EdgeSettings(), draft_policy, learnt)
         self.table = SessionTable(settings, step_policy)
         self._events: list[tuple[float, int, Callable[[], None]]] = []

@@ -29,3 +29,11 @@ def test_one_pair_says_nothing() -> None:
 def test_an_answer_without_a_time_per_token_makes_no_pair() -> None:
     assert not Pair("a", answer(10.0), answer(20.0, TEXT[:15])).is_long_enough
     assert Pair("a", answer(10.0), answer(20.0, TEXT[:16])).is_long_enough
+
+
+def test_what_an_older_version_does_not_report_is_left_out() -> None:
+    older = answer(20.0)
+    del older["statistics"]["num_recycled_tokens"]
+    found = compare([Pair("a", answer(10.0), older)] * 2)
+    assert "num_recycled_tokens" not in found
+    assert found["num_steps"] == [3.0, 3.0]

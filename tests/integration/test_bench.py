@@ -61,8 +61,11 @@ def test_latency_compares_the_ways_on_one_link() -> None:
     assert model["bytes_down_per_token"] <= 16
 
 
-def test_a_draft_that_there_is_not_is_named() -> None:
-    ran = bench("latency", "--drafts", "llama_cpp,oracle")
+@pytest.mark.parametrize(
+    "arguments", [("latency", "--drafts", "llama_cpp,oracle"), ("versions", ".", "--draft", "oracle")]
+)
+def test_a_draft_that_there_is_not_is_named(arguments: tuple[str, ...]) -> None:
+    ran = bench(*arguments)
     assert ran.returncode == 2
     assert ran.stderr.startswith("bench: no draft is called oracle; there are configured, ")
 
