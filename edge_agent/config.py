@@ -28,7 +28,7 @@ class DraftConfig(Section):
         Literal["llama_cpp", "onnx", "ngram", "ngram+llama_cpp", "ngram+onnx"], BeforeValidator(_combined)
     ]
     model: Annotated[str, Field(min_length=1)]
-    quantization: Literal["q8_0"] | None
+    quantization: Literal["auto", "q8_0"] | None
     texts_file: ExistingFile | None
     provider: Annotated[str, Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=256)]

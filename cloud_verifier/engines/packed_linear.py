@@ -1,10 +1,11 @@
 """Linear layers whose weights stay in oneDNN's layout: for the few rows of a step on a CPU."""
 
-import platform
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from shared.processor import is_x86
 
 
 class PackedLinear(nn.Module):
@@ -42,7 +43,7 @@ def _multiplies_bfloat16() -> bool:
 def can_pack() -> bool:
     """Whether packed layers exist here and were measured to be faster: oneDNN on x86."""
     available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return available and platform.machine() in ("x86_64", "AMD64")
+    return available and is_x86()
 
 
 def pack_linears(model: nn.Module) -> None:

@@ -31,9 +31,11 @@ ModelLoader = Callable[[DraftConfig, Path], tuple[CachedDraft, Tokenizer]]
 
 
 def _llama_cpp(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
-    from edge_agent.engines.llama_cpp import LlamaCppDraft
+    from edge_agent.engines.llama_cpp import LlamaCppDraft, faster_file
 
-    if config.quantization is not None:
+    if config.quantization == "auto":
+        path = faster_file(path, default_cache_dir())
+    elif config.quantization is not None:
         path = with_weights(path, config.quantization, default_cache_dir())
     engine = LlamaCppDraft(
         path, context_tokens=config.context_tokens, window_tokens=config.window_tokens, threads=_threads(config)

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import CachedDraft, context_room
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
-from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
+from shared.processor import is_x86
+from shared.runtimes.llama_cpp import LlamaContext, LlamaModel, with_weights
 
 _SEQUENCE = 0
+_log = structlog.get_logger(__name__)
 
 
 class LlamaCppDraft(CachedDraft):
@@ -76,3 +79,23 @@ class LlamaCppDraft(CachedDraft):
         can_rollback = not self.model.is_recurrent and self._context.remove(_SEQUENCE, 1)
         self._context.remove(_SEQUENCE, 0)
         return can_rollback
+
+
+def faster_file(path: Path, cache_dir: Path) -> Path:
+    """The file, or the copy of it with 8-bit weights where llama.cpp has no fast kernels for its own on this processor.
+
+    So it is with Q4_1 on x86. The file itself serves where no copy can be kept. Raises `EngineError` if the file cannot
+    be loaded.
+    """
+    if not is_x86():
+        return path
+    model = LlamaModel(path)
+    is_slow = model.is_q4_1 and not model.offloads
+    model.close()
+    if not is_slow:
+        return path
+    try:
+        return with_weights(path, "q8_0", cache_dir)
+    except (EngineError, OSError) as error:
+        _log.warning("no copy for faster drafts can be kept", file=str(path), error=str(error))
+        return path

@@ -8,7 +8,6 @@ with this module.
 
 import importlib
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, PRE
 from edge_agent.engines.rotary import read_rotary
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
+from shared.processor import is_x86
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue
@@ -205,7 +205,7 @@ def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "Infe
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL
-    if platform.machine() in ("x86_64", "AMD64") and not (_CPU_FLAGS.exists() and "vnni" in _CPU_FLAGS.read_text()):
+    if is_x86() and not (_CPU_FLAGS.exists() and "vnni" in _CPU_FLAGS.read_text()):
         options.add_session_config_entry(*_NO_OVERFLOW)
     os.environ.setdefault(_UNTILED, "1")  # read when a session is made
     providers = list(dict.fromkeys((provider, _CPU)))

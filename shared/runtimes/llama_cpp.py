@@ -170,6 +170,16 @@ class LlamaModel:
         return int(self._lib.llama_model_ftype(self.handle)) & ~_GUESSED
 
     @property
+    def is_q4_1(self) -> bool:
+        """Whether most of its weights are Q4_1."""
+        return self.file_type == int(self._lib.LLAMA_FTYPE_MOSTLY_Q4_1)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a GPU computes with its weights."""
+        return self.on_gpu and bool(self._lib.llama_supports_gpu_offload())
+
+    @property
     def cached_values_per_token(self) -> int:
         """Numbers that the keys and values of one token are, in all layers; each layer is taken to be as the first."""
         heads = self._lib.llama_model_n_head_kv(self.handle)

@@ -12,7 +12,8 @@ def advice(
 ) -> dict[str, str]:
     """Keys and values of what is advised; settings are dotted keys with `__`."""
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
-    config = load_edge_config(environ={}, overrides=overrides)
+    environ = {f"OUTRIDER_EDGE_{name.upper()}": "null" for name, value in settings.items() if value is None}
+    config = load_edge_config(environ=environ, overrides=overrides)
     return {one.key: one.value for one in advise(config, link, draft_ms, 30.0, gain, num_cpus)}
 
 
@@ -27,10 +28,12 @@ def test_drafting_where_it_pays_and_only_there() -> None:
 
 
 def test_a_slow_draft_may_be_made_faster() -> None:
-    assert advice(draft_ms=12.0, num_cpus=4) == {"draft.quantization": "q8_0", "draft.threads": "2"}
+    own = advice(draft_ms=12.0, num_cpus=4, draft__quantization=None)
+    assert own == {"draft.quantization": "q8_0", "draft.threads": "2"}
+    assert advice(draft_ms=12.0, num_cpus=4) == {"draft.threads": "2"}, "auto has looked already"
     assert advice(draft_ms=12.0, draft__quantization="q8_0") == {}
     assert advice(draft_ms=12.0, draft__engine="onnx") == {}, "it has its own weights"
-    assert "draft.quantization" in advice(draft_ms=12.0, draft__engine="ngram+llama_cpp")
+    assert "draft.quantization" in advice(draft_ms=12.0, draft__engine="ngram+llama_cpp", draft__quantization=None)
 
 
 @pytest.mark.parametrize(

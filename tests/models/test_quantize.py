@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from edge_agent import prepare
-from edge_agent.config import load_edge_config
+from edge_agent.config import DraftConfig, load_edge_config
 from edge_agent.engines import load_draft
+from edge_agent.engines.llama_cpp import faster_file
 from shared.core.messages import Sampling
 from shared.engine import EngineError
 from shared.runtimes.huggingface import no_progress
-from shared.runtimes.llama_cpp import quantize
+from shared.runtimes.llama_cpp import LlamaModel, quantize
 
 pytestmark = pytest.mark.models
 
@@ -28,6 +30,53 @@ def test_requantized_copy_is_made_once_and_drafts(
         loaded.engine.close()
     (copy,) = (tmp_path / "outrider").iterdir()
     assert copy.name.endswith(".q8_0.gguf")
+
+
+def weights_of(config: DraftConfig, path: Path) -> str:
+    """The file that this configuration drafts with."""
+    loaded = load_draft(config, path)
+    loaded.engine.close()
+    assert isinstance(loaded.model, LlamaModel)
+    return loaded.model.name
+
+
+@pytest.mark.parametrize(
+    ("processor", "offloads", "is_copied"),
+    [("x86_64", False, True), ("x86_64", True, False), ("aarch64", False, False)],
+)
+def test_slow_weights_are_copied_where_they_are_slow(
+    default_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processor: str,
+    offloads: bool,
+    is_copied: bool,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    monkeypatch.setattr(LlamaModel, "offloads", offloads)
+    config = load_edge_config(environ={}, overrides={"draft.context_tokens": 256}).draft
+    assert config.quantization == "auto"
+    name = weights_of(config, default_model_path)
+    assert name.endswith(".q8_0.gguf") == is_copied
+    assert (tmp_path / "outrider").exists() == is_copied
+    if is_copied:
+        copy = tmp_path / "outrider" / name
+        assert weights_of(config, copy) == name, "8 bits are fast"
+        own = config.model_copy(update={"quantization": None})
+        assert weights_of(own, default_model_path) == default_model_path.name
+
+
+def test_a_slow_file_serves_where_no_copy_can_be_kept(
+    default_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    (tmp_path / "file").write_text("no folder")
+    with structlog.testing.capture_logs() as logs:
+        assert faster_file(default_model_path, tmp_path / "file") == default_model_path
+    (line,) = logs
+    assert line["event"] == "no copy for faster drafts can be kept"
+    assert str(tmp_path / "file") in line["error"]
 
 
 def test_what_is_not_gguf_is_not_requantized(tmp_path: Path) -> None:
