@@ -1,4 +1,4 @@
-"""Two checkouts in turn: what a change did to the time of a token.
+"""Two checkouts in turn: what a change did to the time of a token. Or two drafts of one: what the choice does.
 
 Machines drift, and an answer varies by more than most changes bring: by a quarter in bfloat16, where near-ties fall
 either way. So each version keeps an edge and a verifier of its own, each prompt is answered by one and at once by the
@@ -7,7 +7,7 @@ same text.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -44,27 +44,35 @@ class Pair:
 
 
 async def versions(plan: Plan, against: Path, progress: Callable[[str], None]) -> dict[str, Any]:
-    """The figures of `bench versions`. Raises `BenchError` where `against` is no checkout of this project."""
+    """The figures of `bench versions`; the first of the plan's drafts is this version's, the last the other's.
+
+    Raises `BenchError` where `against` is no checkout of this project.
+    """
     if not (against / "scripts" / "benchmarks" / "edge_process.py").is_file():
         raise BenchError(f"{against} is no checkout of this project; make one with git worktree add {against} REVISION")
     prompts = load_prompts(plan.prompts, plan.num_prompts, plan.categories)
-    (spec,), (draft,), pairs = plan.links, plan.drafts, list[Pair]()
-    async with bench(plan, ROOT) as ours, bench(plan, against) as theirs:
-        for version in (ours, theirs):
+    (spec,), (draft, against_draft), pairs = plan.links, (plan.drafts[0], plan.drafts[-1]), list[Pair]()
+    plans = [replace(plan, drafts=[one]) for one in (draft, against_draft)]
+    async with bench(plans[0], ROOT) as ours, bench(plans[1], against) as theirs:
+        sides = {True: (ours, draft), False: (theirs, against_draft)}
+        for version, drafts in sides.values():
             version.change(spec)
-            await version.answer(draft, "outrider", prompts[0], _WARM_UP_TOKENS)
+            await version.answer(drafts, "outrider", prompts[0], _WARM_UP_TOKENS)
         for number, prompt in enumerate(prompts * plan.rounds):
             given = dict[bool, _Answer]()
             for is_ours in (True, False) if number % 2 else (False, True):
-                version = ours if is_ours else theirs
-                given[is_ours] = await version.answer(draft, "outrider", prompt, plan.max_new_tokens)
-            pairs.append(Pair(prompt.category, given[True], given[False]))
-            progress(f"{prompt.category}: {pairs[-1].ratio:.3f}")
+                version, drafts = sides[is_ours]
+                given[is_ours] = await version.answer(drafts, "outrider", prompt, plan.max_new_tokens)
+            pair = Pair(prompt.category, given[True], given[False])
+            if pair.is_long_enough:
+                pairs.append(pair)
+            progress(f"{prompt.category}: {f'{pair.ratio:.3f}' if pair.is_long_enough else 'a short answer'}")
     return {
         "against": str(against),
-        **compare([pair for pair in pairs if pair.is_long_enough]),
+        **compare(pairs),
         "link": spec.name,
         "draft": draft,
+        "against_draft": against_draft,
         "dtype": plan.dtype,
         **machine(plan.seed, "torch"),
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,21 @@ def test_each_version_runs_its_own_code(tmp_path: Path, factor: str, num_identic
     found = asyncio.run(versions(instant_plan(tmp_path), other, print))
     assert (found["pairs"], found["identical_pairs"]) == (2, num_identical)
     assert min(found["tpot_ms"]) > 0.0
+
+
+def test_answers_without_a_time_per_token_are_no_pairs(tmp_path: Path) -> None:
+    said = list[str]()
+    with pytest.raises(BenchError, match=r"^0 pair\(s\) of answers with 16 tokens and more; give more prompts$"):
+        asyncio.run(versions(replace(instant_plan(tmp_path), max_new_tokens=1), ROOT, said.append))
+    assert [line.split(": ")[1] for line in said] == ["a short answer"] * 2
+
+
+@pytest.mark.models
+def test_two_drafts_of_one_checkout(tmp_path: Path) -> None:
+    """Copies of what never came before are few; a model always drafts. The text is the target's with both."""
+    plan = replace(instant_plan(tmp_path), drafts=["ngram", "llama_cpp"], engine="torch", max_new_tokens=32)
+    found = asyncio.run(versions(plan, ROOT, print))
+    assert (found["draft"], found["against_draft"]) == ("ngram", "llama_cpp")
+    assert (found["pairs"], found["identical_pairs"]) == (2, 2)
+    ours, theirs = found["num_accepted_tokens"]
+    assert ours < theirs
