@@ -123,8 +123,8 @@ def _load(config: EdgeConfig, checks: list[Check]) -> LoadedDraft | None:
         checks.append(Check("draft model", False, str(error), "set draft.model (and draft.engine) to one that loads"))
         return None
     took_s = time.perf_counter() - began
-    context = loaded.engine.capabilities.max_context
-    checks.append(Check("draft model", True, f"{path.name} loads in {took_s:.1f} s, context of {context} tokens"))
+    name, context = loaded.model.name, loaded.engine.capabilities.max_context  # a copy's, where that is what drafts
+    checks.append(Check("draft model", True, f"{name} loads in {took_s:.1f} s, context of {context} tokens"))
     return loaded
 
 

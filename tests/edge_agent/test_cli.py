@@ -34,6 +34,7 @@ Run = Callable[..., int]
 class ToyModel:
     """What the command line wants of a model: one token a letter, one word a token."""
 
+    name = "toy.q8_0.gguf"
     vocabulary = Vocabulary(tuple(b"w%d " % token for token in range(1000)))
     eog_ids = frozenset({0})
 

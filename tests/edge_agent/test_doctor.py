@@ -85,6 +85,7 @@ def test_without_a_verifier_the_local_speed_is_told(toys: Callable[..., None]) -
     diagnosis = asyncio.run(examine(config(NOBODY), ["text"]))
     assert found(diagnosis) == {"configuration": True, "draft model": True, "verifier": False, "draft speed": True}
     assert not diagnosis.is_sound
+    assert diagnosis.checks[1].found.startswith("toy.q8_0.gguf loads in "), "the file that drafts"
     verifier = diagnosis.checks[2]
     assert verifier.found == f"cannot connect to {NOBODY}"
     assert verifier.to_do.startswith("start it (cloud-verifier serve)")
