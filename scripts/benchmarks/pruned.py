@@ -12,7 +12,7 @@ from shared.runtimes.hub import cached_copy
 def without_layers(path: Path, dropped: Collection[int], cache_dir: Path) -> Path:
     """The copy of a GGUF file without these layers that `cache_dir` keeps; made first where it is not there yet."""
     name = "-".join(map(str, sorted(dropped)))
-    copy = cached_copy(path, cache_dir, f"without-{name}").with_suffix(f".without-{name}.gguf")
+    copy = cached_copy(path, cache_dir, f"without-{name}", f".without-{name}.gguf")
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_suffix(f".{os.getpid()}.partial")

@@ -52,11 +52,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
-def cached_copy(path: Path, cache_dir: Path, conversion: str) -> Path:
-    """Where `cache_dir` keeps this conversion of a file; a file of another size or time is another file."""
+def cached_copy(path: Path, cache_dir: Path, conversion: str, ending: str = "") -> Path:
+    """Where `cache_dir` keeps this conversion of a file; a file of another size or time is another file.
+
+    Its name has this `ending`: what `with_suffix` would replace is the key, behind the last dot of "model.Q4_1-key".
+    """
     status = path.stat()
     key = hashlib.sha256(f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{conversion}".encode()).hexdigest()[:16]
-    return cache_dir / f"{path.stem}-{key}"
+    return cache_dir / f"{path.stem}-{key}{ending}"
 
 
 def _in_package(package: str, what: str) -> Path:

@@ -96,7 +96,7 @@ def with_weights(path: Path, weights: Weights, cache_dir: Path) -> Path:
     The copy is made first where it is not there yet, and appears at once when it is complete. Raises `EngineError`.
     """
     check_is_gguf(path)
-    copy = cached_copy(path, cache_dir, weights).with_suffix(f".{weights}.gguf")
+    copy = cached_copy(path, cache_dir, weights, f".{weights}.gguf")
     if copy.exists():
         return copy
     model = LlamaModel(path, gpu_layers=0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import structlog.testing
+from benchmarks.pruned import without_layers
 
 from edge_agent import prepare
 from edge_agent.config import DraftConfig, load_edge_config
@@ -12,7 +13,7 @@ from edge_agent.engines.llama_cpp import faster_file
 from shared.core.messages import Sampling
 from shared.engine import EngineError
 from shared.runtimes.huggingface import no_progress
-from shared.runtimes.llama_cpp import LlamaModel, quantize
+from shared.runtimes.llama_cpp import LlamaModel, quantize, with_weights
 
 pytestmark = pytest.mark.models
 
@@ -77,6 +78,17 @@ def test_a_slow_file_serves_where_no_copy_can_be_kept(
     (line,) = logs
     assert line["event"] == "no copy for faster drafts can be kept"
     assert str(tmp_path / "file") in line["error"]
+
+
+def test_files_whose_names_differ_behind_a_dot_have_copies_of_their_own(
+    default_model_path: Path, tmp_path: Path
+) -> None:
+    """They shared one: a pruned draft's copy in 8 bits was that of the whole model."""
+    pruned = without_layers(default_model_path, (24, 25, 26), tmp_path)
+    copies = [with_weights(path, "q8_0", tmp_path) for path in (default_model_path, pruned)]
+    sizes = [copy.stat().st_size for copy in copies]
+    assert sizes[1] < sizes[0]
+    assert all(copy.name.endswith(".q8_0.gguf") for copy in copies)
 
 
 def test_what_is_not_gguf_is_not_requantized(tmp_path: Path) -> None:
