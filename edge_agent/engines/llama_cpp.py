@@ -11,7 +11,7 @@ from edge_agent.engines.cached_draft import CachedDraft, context_room
 from shared.core.messages import Fingerprint
 from shared.engine import Capabilities, EngineError
 from shared.processor import is_x86
-from shared.runtimes.llama_cpp import LlamaContext, LlamaModel, with_weights
+from shared.runtimes.llama_cpp import LlamaContext, LlamaModel, has_gpu, with_weights
 
 _SEQUENCE = 0
 _log = structlog.get_logger(__name__)
@@ -87,10 +87,10 @@ def faster_file(path: Path, cache_dir: Path) -> Path:
     So it is with Q4_1 on x86. The file itself serves where no copy can be kept. Raises `EngineError` if the file cannot
     be loaded.
     """
-    if not is_x86():
+    if not is_x86() or has_gpu():
         return path
     model = LlamaModel(path)
-    is_slow = model.is_q4_1 and not model.offloads
+    is_slow = model.is_q4_1
     model.close()
     if not is_slow:
         return path

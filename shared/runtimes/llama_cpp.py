@@ -67,6 +67,11 @@ def max_sequences() -> int:
     return int(_library().llama_max_parallel_sequences())
 
 
+def has_gpu() -> bool:
+    """Whether a GPU can compute with a model's weights. Raises `EngineError` without llama.cpp."""
+    return bool(_library().llama_supports_gpu_offload())
+
+
 def _file_type(weights: Weights) -> int:
     library = _library()
     return int(
@@ -173,11 +178,6 @@ class LlamaModel:
     def is_q4_1(self) -> bool:
         """Whether most of its weights are Q4_1."""
         return self.file_type == int(self._lib.LLAMA_FTYPE_MOSTLY_Q4_1)
-
-    @property
-    def offloads(self) -> bool:
-        """Whether a GPU computes with its weights."""
-        return self.on_gpu and bool(self._lib.llama_supports_gpu_offload())
 
     @property
     def cached_values_per_token(self) -> int:

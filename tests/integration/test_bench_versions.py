@@ -1,4 +1,4 @@
-"""Two checkouts in turn, each with processes of its own, on engines that cost nothing."""
+"""Two checkouts, or two drafts, in turn, each with processes of its own; mostly on engines that cost nothing."""
 
 import asyncio
 import shutil

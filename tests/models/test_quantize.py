@@ -42,7 +42,7 @@ def weights_of(config: DraftConfig, path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("processor", "offloads", "is_copied"),
+    ("processor", "gpu", "is_copied"),
     [("x86_64", False, True), ("x86_64", True, False), ("aarch64", False, False)],
 )
 def test_slow_weights_are_copied_where_they_are_slow(
@@ -50,12 +50,12 @@ def test_slow_weights_are_copied_where_they_are_slow(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     processor: str,
-    offloads: bool,
+    gpu: bool,
     is_copied: bool,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("platform.machine", lambda: processor)
-    monkeypatch.setattr(LlamaModel, "offloads", offloads)
+    monkeypatch.setattr("edge_agent.engines.llama_cpp.has_gpu", lambda: gpu)
     config = load_edge_config(environ={}, overrides={"draft.context_tokens": 256}).draft
     assert config.quantization == "auto"
     name = weights_of(config, default_model_path)
