@@ -37,6 +37,7 @@ from shared.wire import Description
 _COMPARED_TOKENS = FEWEST_TOKENS  # of a cloud-only or a local answer, whose tokens all take about the same time
 _WARM_UP_TEXT = "Hello."
 _WARM_UP_TOKENS = 8  # the first answer dials, and knows neither the link nor the draft's speed
+_LEAST_MS = 0.5  # a step's time comes in whole ms, and none takes no time
 _WORTHWHILE = 1.1  # drafting pays where it is faster by this factor
 _UNREACHABLE = (grpc.aio.AioRpcError, RemoteProtocolError, ConnectionError)
 
@@ -265,7 +266,7 @@ def expect(tried: Sequence[Tried], step_ms: Sequence[float], rtt_ms: float) -> t
 
     `step_ms` is the verifier's own cost curve; only its shape is used. Without one a step of any size costs the same.
     """
-    first = median(one.verify_ms for one in tried)
+    first = max(median(one.verify_ms for one in tried), _LEAST_MS)
     scaled = tuple(first * cost / step_ms[0] for cost in step_ms) or (first,)
     cloud_only, speculative = _middle(tried, "cloud_only"), _middle(tried, "speculative")
 
