@@ -183,7 +183,7 @@ def test_speculative_answers_come_first_and_are_as_long_as_asked(
 
 def test_a_step_that_rounds_to_nothing_has_a_time() -> None:
     ways = {"cloud_only": 0.2, "speculative": 0.1, "local": 0.1}
-    expected, step_ms = expect([Tried(ways, verify_ms=0.0, right=[True] * 48, draft_ms=0.0)] * 2, (), rtt_ms=0.0)
+    expected, step_ms = expect([Tried(ways, verify_ms=0.0, right=[True] * 48, draft_ms=0.1)] * 2, (), rtt_ms=0.0)
     assert step_ms == (0.5,)
     assert expected.speculative_tpot_ms == 0.1
 
