@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Fingerprint, Sampling
-from shared.core.selection import candidates, confidences, likely
+from shared.core.selection import confidences, draft_candidates
 from shared.core.siblings import Siblings
 from shared.engine import Capabilities, EngineError, Proposal
 
@@ -212,8 +212,7 @@ class CachedDraft(ABC):
         """The token that follows the list, by its logits (V,), and its siblings."""
         # Padded ids beyond the vocabulary mean nothing to the verifier, which would refuse them.
         known = logits[: self.fingerprint.size]
-        near = likely(known, self._sampling.temperature)
-        ids = candidates(near, self._sampling, len(self._tokens), 1 + _SIBLINGS, self._tokens, self._prompt_len)
+        ids = draft_candidates(known, self._sampling, len(self._tokens), 1 + _SIBLINGS, self._tokens, self._prompt_len)
         (token, confidence), *siblings = zip(ids.tolist(), confidences(known, ids), strict=True)
         return _Drafted(token, confidence, tuple(siblings))
 

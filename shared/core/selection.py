@@ -27,6 +27,7 @@ Scores = NDArray[np.float64]
 
 _BLOCK = 64  # values a block when top-k looks for a floor
 _LEAST_LOG_RATIO = math.log(1e-6)
+_LEAST_LOGIT = float(np.finfo(np.float32).min)
 
 
 def select(logits: Logits, sampling: Sampling, position: int, context: Sequence[int] = (), prompt_len: int = 0) -> int:
@@ -46,30 +47,20 @@ def candidates(
     These are the largest `log_prob + gumbel`, a sample without replacement (Gumbel top-k: Kool, van Hoof and Welling,
     arXiv 1903.06059). Arguments and errors are those of `select`.
     """
-    if sampling.temperature == 0:
-        penalised = _penalised(logits, sampling, context, prompt_len)
-        _peak(penalised)
-        if count == 1:
-            return np.array([penalised.argmax()])
-        best = _largest(penalised, count)
-        return best[penalised[best] > -np.inf]
-    ids, scores = _survivors(logits, sampling, context, prompt_len)
-    if len(ids) > 1:
-        # The normaliser is left out: it is the same for every id.
-        scores += gumbel(sampling.seed, position, ids)
-    return ids[_largest(scores, count)]
+    penalised = _penalised(logits, sampling, context, prompt_len)
+    return _best(penalised, sampling, position, count, -math.inf)
 
 
-def likely(logits: Logits, temperature: float) -> Logits:
-    """The logits (V,), -inf where an id is less than a millionth as likely as the best one; as they are at 0.
+def draft_candidates(
+    logits: Logits, sampling: Sampling, position: int, count: int, context: Sequence[int] = (), prompt_len: int = 0
+) -> Ids:
+    """`candidates` for drafts, which may err: above temperature 0 from ids at least a millionth as likely as the best.
 
-    For drafts, which may err: noise for all ids of a large vocabulary takes a tenth of a small model's token, and the
-    target's choice is outside once in 3,000 tokens (SmolLM2-135M at temperature 0.8). The target's own law is exact.
+    Noise for all ids of a large vocabulary takes a tenth of a small model's token, and the target's choice is outside
+    once in 3,000 tokens (SmolLM2-135M at temperature 0.8). The target's own law is exact.
     """
-    if temperature == 0:
-        return logits
-    floor = max(float(logits.max()) + temperature * _LEAST_LOG_RATIO, float(np.finfo(np.float32).min))
-    return np.where(logits >= np.float32(floor), logits, np.float32(-np.inf))
+    penalised = _penalised(logits, sampling, context, prompt_len)
+    return _best(penalised, sampling, position, count, sampling.temperature * _LEAST_LOG_RATIO)
 
 
 def filtered_distribution(
@@ -81,7 +72,7 @@ def filtered_distribution(
     """
     if sampling.temperature == 0:
         return np.array([select(logits, sampling, 0, context, prompt_len)], dtype=np.int64), np.zeros(1)
-    ids, scores = _survivors(logits, sampling, context, prompt_len)
+    ids, scores = _survivors(_penalised(logits, sampling, context, prompt_len), sampling)
     return ids, scores - math.log(float(np.exp(scores).sum()))
 
 
@@ -92,7 +83,8 @@ def confidences(logits: Logits, tokens: Sequence[int] | Ids) -> list[float]:
     Raises as `select`.
     """
     peak = _peak(logits)
-    left = float(np.exp(logits - peak).sum(dtype=np.float64))
+    weights = np.subtract(logits, peak)
+    left = float(np.exp(weights, out=weights).sum())
     given = []
     for weight in np.exp(np.asarray(logits[tokens], dtype=np.float64) - peak):
         given.append(float(weight) / left if left > weight else 1.0)
@@ -100,11 +92,25 @@ def confidences(logits: Logits, tokens: Sequence[int] | Ids) -> list[float]:
     return given
 
 
-def _survivors(logits: Logits, sampling: Sampling, context: Sequence[int], prompt_len: int) -> tuple[Ids, Scores]:
+def _best(penalised: Logits | Scores, sampling: Sampling, position: int, count: int, least_log_ratio: float) -> Ids:
+    """See `candidates`; above temperature 0 from ids whose logits are no further below the best one's."""
+    if sampling.temperature == 0:
+        _peak(penalised)
+        best = _largest(penalised, count)
+        return best if count == 1 else best[penalised[best] > -np.inf]
+    ids, scores = _survivors(penalised, sampling, least_log_ratio)
+    if len(ids) > 1:
+        # The normaliser is left out: it is the same for every id.
+        scores += gumbel(sampling.seed, position, ids)
+    return ids[_largest(scores, count)]
+
+
+def _survivors(
+    penalised: Logits | Scores, sampling: Sampling, least_log_ratio: float = -math.inf
+) -> tuple[Ids, Scores]:
     """Ids that pass the filters, ascending, and their scores: log probability at this temperature, up to a constant."""
-    penalised = _penalised(logits, sampling, context, prompt_len)
     peak = _peak(penalised)
-    ids, kept = _allowed(penalised)
+    ids, kept = _allowed(penalised, peak + least_log_ratio)
     if 0 < sampling.top_k < len(ids):
         best = _top_k(kept, sampling.top_k)
         ids, kept = ids[best], kept[best]
@@ -143,11 +149,12 @@ def _peak(logits: Logits | Scores) -> float:
     return peak
 
 
-def _allowed(logits: Logits | Scores) -> tuple[Ids, Logits | Scores]:
-    """Ids that are not forbidden, ascending, and their logits."""
-    if not math.isinf(float(logits.min())):
+def _allowed(logits: Logits | Scores, floor: float) -> tuple[Ids, Logits | Scores]:
+    """Ids that are neither forbidden nor below the floor, ascending, and their logits."""
+    is_allowed = logits > -np.inf if floor == -math.inf else logits >= logits.dtype.type(max(floor, _LEAST_LOGIT))
+    if is_allowed.all():
         return np.arange(len(logits)), logits
-    ids = np.flatnonzero(logits > -np.inf)
+    ids = np.flatnonzero(is_allowed)
     return ids, logits[ids]
 
 

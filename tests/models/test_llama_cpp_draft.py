@@ -13,7 +13,7 @@ from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.selftest import check_draft
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Sampling
-from shared.core.selection import candidates, confidences, select
+from shared.core.selection import confidences, draft_candidates, select
 from shared.engine import DraftEngine, EngineError
 from shared.runtimes import llama_cpp as runtime
 from shared.runtimes.llama_cpp import LlamaContext, LlamaModel
@@ -326,9 +326,9 @@ class TestSelfTest:
         calls = iter(range(10**6))
 
         def drifting(logits: np.ndarray, sampling: Sampling, position: int, *rest: Any) -> np.ndarray:
-            return candidates(logits, sampling, position + next(calls), *rest)
+            return draft_candidates(logits, sampling, position + next(calls), *rest)
 
-        monkeypatch.setattr("edge_agent.engines.cached_draft.candidates", drifting)
+        monkeypatch.setattr("edge_agent.engines.cached_draft.draft_candidates", drifting)
         with pytest.raises(EngineError, match="self-test"):
             check_draft(engine)
 
