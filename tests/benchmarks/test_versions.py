@@ -18,6 +18,7 @@ def test_what_counts_is_the_ratio_of_each_pair() -> None:
     found = compare([Pair("a", answer(10.0), answer(20.0)), Pair("b", answer(30.0), answer(30.0, TEXT[::-1]))])
     assert (found["ratio"], found["ratio_standard_error"]) == (0.7071, 0.2451)
     assert (found["pairs"], found["identical_pairs"]) == (2, 1)
+    assert (found["median_ratio"], found["faster_pairs"]) == (0.75, 1)
     assert found["tpot_ms"] == [20.0, 25.0]
 
 
