@@ -23,8 +23,9 @@ then everything is uncached again, and is rebuilt as a prompt is.
 
 When no drafts are pending, `self_decode` decides: `always` decodes, `idle` decodes when the step has room for it,
 `off` waits for drafts. After `starved_after_ms` without a draft, and until one arrives, the session
-decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. A session never runs more
-than `window_tokens` past what the edge has acknowledged: a dead or slow reader costs no forwards.
+decodes: an edge that cannot draft (its context is full) must not starve beside busy ones. So it does for its last
+token, for which no draft is of use. A session never runs more than `window_tokens` past what the edge has acknowledged:
+a dead or slow reader costs no forwards.
 
 A decode step may carry *recycled* rows: a guess at how the text goes on, from the path that was rejected last
 (`rejected_path`) or from the text itself (`prompt_lookup`). They are judged as drafts are, but count as none: what they
@@ -367,7 +368,8 @@ class CloudSession:
 
     def _decodes(self, now: float) -> Decodes:
         """May the step be a plain decode step? A session that drafts nothing is always served."""
-        self._is_starved |= now >= self._ready_at + self._settings.starved_after_ms / 1000
+        is_last = len(self.log) + 1 >= self._limit  # no draft is of use any more
+        self._is_starved |= is_last or now >= self._ready_at + self._settings.starved_after_ms / 1000
         if self._is_plain or self._is_starved:
             return Decodes.FREELY
         return Decodes.SPARE if self._settings.self_decode is SelfDecode.IDLE else Decodes.NEVER

@@ -122,6 +122,18 @@ def test_session_without_drafts_is_served_after_a_while_until_one_comes() -> Non
     assert session.wake_at() == pytest.approx(1.4)
 
 
+def test_the_last_token_waits_for_no_draft() -> None:
+    """None is of use: where drafts are waited for, each answer would end with a pause."""
+    session = session_of(replace(OPEN, max_new_tokens=3), replace(SETTINGS, self_decode=SelfDecode.OFF))
+    session.drafted(draft_on(session, 5), now=0.0)
+    assert offered(session).decodes is Decodes.NEVER
+    planned(session)
+    step(session, 5, 6)
+    assert offered(session).decodes is Decodes.FREELY
+    planned(session)
+    assert commit_of(step(session, 7)).finish is Finish.LENGTH
+
+
 def test_session_that_no_step_had_room_for_is_served_after_a_while_until_a_draft_comes() -> None:
     session = session_of(settings=replace(SETTINGS, self_decode=SelfDecode.IDLE))
     assert session.wake_at() is None  # it is asked at every step, and has the next one if there is no other
