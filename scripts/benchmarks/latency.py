@@ -169,9 +169,7 @@ async def bench(plan: Plan, root: Path = ROOT) -> AsyncIterator[Bench]:
         running = await stack.enter_async_context(verifier(plan.engine, target, root))
         waiting = running
         if "stop_and_wait" in plan.ways:
-            waiting = await stack.enter_async_context(
-                verifier(plan.engine, target | {"speculation.self_decode": "off"}, root)
-            )
+            waiting = await stack.enter_async_context(verifier(plan.engine, target | WAITING, root))
         links = [
             await stack.enter_async_context(LinkProxy("127.0.0.1", _port(child), seed=plan.seed))
             for child in (running, waiting)
