@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _CHUNK = 4096  # rows at a time: the working set stays in a core's cache
 _SHIFT = np.uint64(32)
@@ -25,15 +25,17 @@ _STREAM_UNIFORM = 1
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Ten rounds of Philox4x32 on each row of `counter` (n, 4) under `key` (2,); four random words a row, (n, 4)."""
     words = np.empty(counter.shape, dtype=np.uint32)
-    keys = (key.astype(np.uint64) + np.arange(_ROUNDS, dtype=np.uint64)[:, None] * _WEYL) & _LOW
     for start in range(0, len(counter), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        # Words 0 and 2 of each row, and 1 and 3: (2, n). A call for both takes as long as for one where n is small.
-        even, odd = (np.ascontiguousarray(counter[rows, word::2].T, dtype=np.uint64) for word in (0, 1))
-        for round_key in keys[..., None]:
-            products = (even * _MULTIPLIERS)[::-1]
-            even, odd = (products >> _SHIFT) ^ odd ^ round_key, products & _LOW
-        words[rows, 0::2], words[rows, 1::2] = even.T, odd.T
+        c0, c1, c2, c3 = np.ascontiguousarray(counter[rows].T, dtype=np.uint64)
+        k0, k1 = int(key[0]), int(key[1])
+        for _ in range(_ROUNDS):
+            product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c1 = (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0), product1 & _LOW
+            c2, c3 = (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1), product0 & _LOW
+            k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        for column, values in enumerate((c0, c1, c2, c3)):
+            words[rows, column] = values
     return words
 
 
@@ -49,7 +51,8 @@ def gumbel(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float
         words = _words(seed, position, np.arange(first, first + count), _STREAM_GUMBEL)
         word = np.take(words.reshape(-1), ids - 4 * first)
     else:
-        word = _words(seed, position, blocks, _STREAM_GUMBEL)[np.arange(len(ids)), ids & 3]
+        sparse, index = np.unique(blocks, return_inverse=True)
+        word = _words(seed, position, sparse, _STREAM_GUMBEL)[index, ids & 3]
     noise = _unit(word)
     for _ in range(2):  # in place: with 100k ids new arrays cost more than the logarithms
         np.negative(np.log(noise, out=noise), out=noise)

@@ -17,7 +17,7 @@ def test_stop_and_wait_has_its_longest_round_verified_in_one_step() -> None:
     async def answer() -> dict[str, Any]:
         async with bench(PLAN) as running:
             running.change(PLAN.links[0])
-            return await running.answer("instant", "stop_and_wait", Prompt("a", "1"), 3 * (most + 1), most)
+            return await running.answer("instant", "stop_and_wait", Prompt("a", "1"), PLAN.max_new_tokens, most)
 
     statistics = asyncio.run(answer())["statistics"]
     by_position = statistics["num_accepted_tokens_per_pos"]
