@@ -25,7 +25,8 @@ class DraftConfig(Section):
     """The draft model and how it runs."""
 
     engine: Annotated[
-        Literal["llama_cpp", "onnx", "ngram", "ngram+llama_cpp", "ngram+onnx"], BeforeValidator(_combined)
+        Literal["auto", "llama_cpp", "onnx", "ngram", "ngram+auto", "ngram+llama_cpp", "ngram+onnx"],
+        BeforeValidator(_combined),
     ]
     model: Annotated[str, Field(min_length=1)]
     quantization: Literal["auto", "q8_0"] | None

@@ -1,9 +1,12 @@
 """Draft engines by name, loaded only when asked for."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
 
 from edge_agent.config import DraftConfig
 from edge_agent.engines.cached_draft import CachedDraft
@@ -14,8 +17,9 @@ from edge_agent.engines.row_costs import measure_row_costs
 from edge_agent.engines.selftest import check_draft
 from edge_agent.engines.tokenizer import Tokenizer
 from shared.engine import DraftEngine, EngineError
+from shared.processor import is_x86
 from shared.runtimes.hub import default_cache_dir
-from shared.runtimes.llama_cpp import LlamaModel, with_weights
+from shared.runtimes.llama_cpp import LlamaModel, has_gpu, with_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class LoadedDraft:
     model: Tokenizer
 
 
+_log = structlog.get_logger(__name__)
 _MOST_TEXT_BYTES = 4 << 20  # with its index a text takes some 25 times its size in memory
 ModelLoader = Callable[[DraftConfig, Path], tuple[CachedDraft, Tokenizer]]
 
@@ -60,11 +65,37 @@ def _onnx(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     return engine, engine.model
 
 
+def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
+    """The faster one of those installed that can have this model, as far as was measured: see `default.yaml`."""
+    from edge_agent.engines.onnx import CPU
+    from edge_agent.engines.onnx_builder import can_be_onnx, is_installed
+
+    if path.is_dir() or config.provider != CPU or importlib.util.find_spec("llama_cpp") is None:
+        return _onnx(config, path)
+    if not is_x86() or has_gpu() or not is_installed() or not _is_llama(path):
+        return _llama_cpp(config, path)
+    try:
+        if can_be_onnx(path, default_cache_dir()):
+            return _onnx(config, path)
+    except (EngineError, OSError) as error:
+        _log.warning("no faster draft can be made; llama.cpp drafts", file=str(path), error=str(error))
+    return _llama_cpp(config, path)
+
+
+def _is_llama(path: Path) -> bool:
+    """Of this architecture, by llama.cpp, which reads a file's head at once."""
+    model = LlamaModel(path, vocabulary_only=True)
+    try:
+        return model.metadata("general.architecture") == "llama"
+    finally:
+        model.close()
+
+
 def _threads(config: DraftConfig) -> int:
     return config.threads or os.cpu_count() or 1
 
 
-MODELS: dict[str, ModelLoader] = {"llama_cpp": _llama_cpp, "onnx": _onnx}
+MODELS: dict[str, ModelLoader] = {"auto": _auto, "llama_cpp": _llama_cpp, "onnx": _onnx}
 
 
 def load_draft(config: DraftConfig, path: Path) -> LoadedDraft:

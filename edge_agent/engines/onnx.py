@@ -40,7 +40,7 @@ _CPU_FLAGS = Path("/proc/cpuinfo")
 _FEWEST_READ = 12  # rows; below, a forward more is not worth it
 _TIMED_ROWS, _TRIES = 32, 2
 _FATAL = 4  # severity of onnxruntime's own log: what fails is raised, too
-_CPU = "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 _GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # their cache must lie on the GPU
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -56,7 +56,7 @@ class OnnxDraft(CachedDraft):
         window_tokens: int = 0,
         threads: int = 1,
         batch_tokens: int = 128,
-        provider: str = _CPU,
+        provider: str = CPU,
     ) -> None:
         """Load the model, for texts of `context_tokens` (0: what it was trained for), `window_tokens` of them cached.
 
@@ -87,7 +87,7 @@ class OnnxDraft(CachedDraft):
         capabilities = Capabilities(True, can_tree=False, max_context=max_context)
         super().__init__(folder.name, batch_tokens, capabilities, room)
         self._prefill: _Bound | None = None
-        if provider == _CPU and (folder / PREFILL_FILE).is_file():
+        if provider == CPU and (folder / PREFILL_FILE).is_file():
             session = _load(library, folder / PREFILL_FILE, threads, provider)
             self._prefill = self._if_faster((session, self._bind(library, session, room, "cpu")))
 
@@ -208,7 +208,7 @@ def _load(library: ModuleType, file: Path, threads: int, provider: str) -> "Infe
     if is_x86() and not (_CPU_FLAGS.exists() and "vnni" in _CPU_FLAGS.read_text()):
         options.add_session_config_entry(*_NO_OVERFLOW)
     os.environ.setdefault(_UNTILED, "1")  # read when a session is made
-    providers = list(dict.fromkeys((provider, _CPU)))
+    providers = list(dict.fromkeys((provider, CPU)))
     try:
         session: InferenceSession = library.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # its classes share no base of their own

@@ -1,9 +1,10 @@
-"""From a model to an ONNX folder, by onnxruntime-genai's builder, whose graph is in float32.
+"""From a model to an ONNX folder: a graph in float32 first, then the ones that draft.
 
 `onnx_quantize` makes its weights small for drafting, `onnx_prefill` adds a second graph that reads prompts.
 
-The builder wants a Hugging Face folder; of a GGUF file one is made, its weights dequantized by transformers. torch,
-transformers and the builder are needed here only, not by the edge that drafts with the result.
+Of a GGUF file of the Llama architecture `onnx_llama` writes the float32 graph, with what an edge has installed. Of any
+other model onnxruntime-genai's builder does. It wants a Hugging Face folder; of a GGUF file one is made, its weights
+dequantized by transformers. That takes torch, transformers and the builder, here only: not where the result drafts.
 """
 
 import importlib.util
@@ -16,17 +17,20 @@ import tempfile
 from pathlib import Path
 
 from edge_agent.engines.onnx_folder import MODEL_FILE
+from edge_agent.engines.onnx_llama import can_write_llama, write_llama
 from edge_agent.engines.onnx_prefill import write_prefill
 from edge_agent.engines.onnx_quantize import quantize_graph
 from shared.engine import EngineError
+from shared.runtimes.gguf_file import GgufFile
 from shared.runtimes.hub import cached_copy, default_cache_dir
 from shared.runtimes.huggingface import VOCABULARY_FILE, Progress, convert_gguf, no_progress
 
 _BUILDER = "onnxruntime_genai.models.builder"
-_NEEDED = ("accelerate", "gguf", "onnx", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
+_EDGE_NEEDS = ("gguf", "onnx", "onnxruntime", "tokenizers")
+_BUILDER_NEEDS = ("accelerate", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
-_CONVERSION = "onnx-5"  # counts up whenever the same model would give another folder
+_CONVERSION = "onnx-6"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
 
 
@@ -38,7 +42,6 @@ def with_onnx(model: Path, cache_dir: Path) -> Path:
     folder = cached_copy(model, cache_dir, _CONVERSION)
     if folder.is_dir():
         return folder
-    _check_packages()
     from filelock import FileLock
 
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -55,13 +58,13 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
 
     Raises `EngineError`.
     """
-    _check_packages()
-    source = model if model.is_dir() else _from_gguf(model, work / "source", progress)
+    _check_packages(_EDGE_NEEDS, "edge-onnx")
     full, small = work / "float32", work / "small"
     progress("building the graph", None)
-    _run_builder(source, full, work)
-    if (source / VOCABULARY_FILE).is_file():
-        shutil.copy(source / VOCABULARY_FILE, full)
+    if model.is_file() and can_write_llama(file := GgufFile(model)):
+        write_llama(file, full)
+    else:
+        _build_any(model, full, work, progress)
     small.mkdir()
     quantize_graph(full / MODEL_FILE, small / MODEL_FILE, lambda done: progress("making the weights small", done))
     progress("making the graph that reads prompts", None)
@@ -72,11 +75,35 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
     return small, full
 
 
-def _check_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EngineError(f"making an ONNX model of another needs {missing[0]!r}; install it with: "
-                          "pip install 'outrider[prepare]', here or where you run edge-agent prepare")  # fmt: skip
+def is_installed() -> bool:
+    """Whether the packages are here that make an ONNX folder of a GGUF file of the Llama architecture, and run it."""
+    return not any(map(_is_missing, _EDGE_NEEDS))
+
+
+def can_be_onnx(file: Path, cache_dir: Path) -> bool:
+    """Whether `with_onnx` has a folder of this GGUF file, or makes one with what `is_installed` asks for."""
+    return cached_copy(file, cache_dir, _CONVERSION).is_dir() or can_write_llama(GgufFile(file))
+
+
+def _is_missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def _check_packages(names: tuple[str, ...], extra: str) -> None:
+    missing = next(filter(_is_missing, names), None)
+    if missing is not None:
+        raise EngineError(f"making an ONNX model of this one needs {missing!r}; install it with: "
+                          f"pip install 'outrider[{extra}]', here or where you run edge-agent prepare")  # fmt: skip
+
+
+def _build_any(model: Path, full: Path, work: Path, progress: Progress) -> None:
+    """The float32 folder by onnxruntime-genai's builder."""
+    _check_packages(_BUILDER_NEEDS, "prepare")
+    source = model if model.is_dir() else _from_gguf(model, work / "source", progress)
+    progress("building the graph", None)
+    _run_builder(source, full, work)
+    if (source / VOCABULARY_FILE).is_file():
+        shutil.copy(source / VOCABULARY_FILE, full)
 
 
 def _from_gguf(file: Path, folder: Path, progress: Progress) -> Path:

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 _DOMAIN = "com.microsoft"
-_CONTRIBUTED = frozenset({"GatherBlockQuantized", "MatMulIntegerToFloat", "MatMulNBits"})  # of that domain
+_CONTRIBUTED = frozenset({  # of that domain
+    "GatherBlockQuantized", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits",
+    "SkipSimplifiedLayerNormalization",
+})  # fmt: skip
 _SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 
 

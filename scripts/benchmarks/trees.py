@@ -100,7 +100,9 @@ class TakeBest:
 
 def trees(plan: Plan, progress: Callable[[str], None]) -> list[Case]:
     """Count every case of the plan. Raises `EngineError`."""
-    config = load_edge_config(environ={}, overrides={"draft.context_tokens": CONTEXT_TOKENS})
+    config = load_edge_config(
+        environ={}, overrides={"draft.engine": "llama_cpp", "draft.context_tokens": CONTEXT_TOKENS}
+    )
     path = resolve_model(config.draft.model, "draft.model")
     draft = load_draft(config.draft, without_layers(path, plan.dropped, default_cache_dir()))
     overrides = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.engine import EngineError
+from shared.runtimes.gguf_file import GgufFile
 from shared.runtimes.hub import cached_copy, check_is_gguf, default_cache_dir
 from shared.vocabulary import Vocabulary, token_bytes
 
@@ -30,9 +31,6 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 VOCABULARY_FILE = "outrider_vocabulary.json"
 _CONVERSION = "1"  # change it when converted copies change
-_UNUSED_TOKEN = 5  # GGUF token type, llama.cpp `LLAMA_TOKEN_TYPE_UNUSED`
-_GGUF_BYTE_LEVEL = {"gpt2": True, "llama": False, "t5": False}
-_GGUF_STOP_KEYS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +115,10 @@ def read_vocabulary(folder: Path) -> tuple[Vocabulary, frozenset[int]]:
     return vocabulary, frozenset(stop_ids)
 
 
-def gguf_vocabulary(path: Path) -> tuple[Vocabulary, frozenset[int]]:
-    """The same of a GGUF file, from its own token table. Needs the `gguf` package; takes seconds for a large table."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-
-    def read(name: str) -> Any:
-        field = fields.get(f"tokenizer.ggml.{name}")
-        return None if field is None else field.contents()
-
-    kind = read("model")
-    if kind not in _GGUF_BYTE_LEVEL:
-        raise EngineError(f"{path}: its tokenizer is of kind {kind!r}; supported are {', '.join(_GGUF_BYTE_LEVEL)}")
-    texts = read("tokens")
-    types = read("token_type") or [1] * len(texts)
-    tokens = tuple(
-        b"" if type_ == _UNUSED_TOKEN else token_bytes(text, _GGUF_BYTE_LEVEL[kind])
-        for text, type_ in zip(texts, types, strict=True)
-    )
-    stop_ids = (read(f"{name}_token_id") for name in _GGUF_STOP_KEYS)
-    return Vocabulary(tokens), frozenset(int(token) for token in stop_ids if token is not None)
+def write_vocabulary(folder: Path, vocabulary: Vocabulary, stop_ids: frozenset[int]) -> None:
+    """Write what `read_vocabulary` reads into a folder made of a GGUF file."""
+    texts = [token.decode("latin-1") for token in vocabulary.tokens]
+    (folder / VOCABULARY_FILE).write_text(json.dumps({"tokens": texts, "stop_ids": sorted(stop_ids)}))
 
 
 def refusal(config: "PretrainedConfig") -> str:
@@ -184,15 +165,15 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     """Write the model of a GGUF file, in float32, and its vocabulary into an empty folder."""
     from safetensors.torch import save_model
 
-    vocabulary, stop_ids = gguf_vocabulary(path)
+    file = GgufFile(path)
+    vocabulary = file.vocabulary  # before the weights, in case it is of an unknown kind
     with _dequantization_progress(progress):
         model = _from_pretrained(path.parent, "float32", gguf_file=path.name)
     progress("writing the converted copy", None)
     del model.config.quantization_config  # the copy is not quantized
     model.config.save_pretrained(folder)
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    texts = [token.decode("latin-1") for token in vocabulary.tokens]
-    (folder / VOCABULARY_FILE).write_text(json.dumps({"tokens": texts, "stop_ids": sorted(stop_ids)}))
+    write_vocabulary(folder, vocabulary, file.stop_ids)
 
 
 def _from_pretrained(folder: Path, dtype: str, **options: Any) -> "PreTrainedModel":

@@ -28,10 +28,10 @@ def test_drafting_where_it_pays_and_only_there() -> None:
 
 
 def test_a_slow_draft_may_be_made_faster() -> None:
-    own = advice(draft_ms=12.0, num_cpus=4, draft__quantization=None)
+    own = advice(draft_ms=12.0, num_cpus=4, draft__engine="llama_cpp", draft__quantization=None)
     assert own == {"draft.quantization": "q8_0", "draft.threads": "2"}
     assert advice(draft_ms=12.0, num_cpus=4) == {"draft.threads": "2"}, "auto has looked already"
-    assert advice(draft_ms=12.0, draft__quantization="q8_0") == {}
+    assert advice(draft_ms=12.0, draft__engine="llama_cpp", draft__quantization="q8_0") == {}
     assert advice(draft_ms=12.0, draft__engine="onnx") == {}, "it has its own weights"
     assert "draft.quantization" in advice(draft_ms=12.0, draft__engine="ngram+llama_cpp", draft__quantization=None)
 

@@ -80,7 +80,7 @@ def test_answer_through_two_processes() -> None:
 
 
 def test_text_goes_to_standard_output_and_nothing_else() -> None:
-    own = {"OUTRIDER_EDGE_DRAFT__QUANTIZATION": "null"}
+    own = {"OUTRIDER_EDGE_DRAFT__ENGINE": "llama_cpp", "OUTRIDER_EDGE_DRAFT__QUANTIZATION": "null"}
     result = edge("run", "Why is the sky blue?", "--local", "--max-new-tokens", "8", **own)
     assert (result.returncode, result.stderr) == (0, "")
     # Which words is up to the weights and the CPU's kernels.

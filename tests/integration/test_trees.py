@@ -33,7 +33,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def weak_draft(default_model_path: Path) -> Iterator[LoadedDraft]:
     """Accepted about every other time."""
-    config = load_edge_config(environ={}, overrides={"draft.context_tokens": 1024}).draft
+    config = load_edge_config(environ={}, overrides={"draft.engine": "llama_cpp", "draft.context_tokens": 1024}).draft
     loaded = load_draft(config, without_layers(default_model_path, (24, 25, 26), default_cache_dir()))
     yield loaded
     loaded.engine.close()

@@ -17,8 +17,9 @@ from cloud_verifier.engines.session_book import path
 from shared.core.errors import LocalProtocolError
 from shared.engine import EngineError
 from shared.runtimes import llama_cpp as runtime
+from shared.runtimes.gguf_file import GgufFile
 from shared.runtimes.hub import default_cache_dir
-from shared.runtimes.huggingface import gguf_vocabulary, load_causal_lm
+from shared.runtimes.huggingface import load_causal_lm
 from shared.runtimes.llama_cpp import LlamaContext, LlamaModel, with_weights
 from tests.integration.pair import GREEDY, PlainTarget
 from tests.models.tiny import TEXT, TREE, rows, write_tiny_gguf
@@ -237,13 +238,13 @@ class TestDefaultModel:
     def test_in_float32_it_agrees_with_transformers(self, default_model_path: Path) -> None:
         file = with_weights(default_model_path, "float32", default_cache_dir())
         target = LlamaCppTarget(file, exact=True, threads=1, context_tokens=256, kv_cache_mb=64)
-        vocabulary, stop_ids = gguf_vocabulary(default_model_path)
-        assert target.fingerprint == vocabulary.fingerprint
-        assert target._model.eog_ids >= stop_ids
+        described = GgufFile(default_model_path)
+        assert target.fingerprint == described.vocabulary.fingerprint
+        assert target._model.eog_ids >= described.stop_ids
         plain = PlainTarget(load_causal_lm(default_model_path, "float32"))
         for text in ("The capital of France is", "def reverse(text):", "Once upon a time"):
             prompt = tuple(target._model.tokenize(text))
-            expected = plain.stream(prompt, GREEDY, 16, stop_ids)
+            expected = plain.stream(prompt, GREEDY, 16, described.stop_ids)
             (tokens,) = target.forward([rows(text, 0, [*prompt, *expected[:-1]], first_selected=len(prompt) - 1)])
             assert list(tokens) == expected
         target.close()

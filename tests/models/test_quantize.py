@@ -18,11 +18,16 @@ from shared.runtimes.llama_cpp import LlamaModel, quantize, with_weights
 pytestmark = pytest.mark.models
 
 
+def llama_cpp(**settings: str) -> DraftConfig:
+    overrides = {"engine": "llama_cpp", "context_tokens": 256, **settings}
+    return load_edge_config(environ={}, overrides={f"draft.{key}": value for key, value in overrides.items()}).draft
+
+
 def test_requantized_copy_is_made_once_and_drafts(
     default_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = load_edge_config(environ={}, overrides={"draft.quantization": "q8_0", "draft.context_tokens": 256}).draft
+    config = llama_cpp(quantization="q8_0")
     for _ in range(2):
         loaded = load_draft(config, default_model_path)
         tokens = loaded.model.tokenize("The capital of France is")
@@ -56,7 +61,7 @@ def test_slow_weights_are_copied_where_they_are_slow(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr("edge_agent.engines.llama_cpp.has_gpu", lambda: gpu)
-    config = load_edge_config(environ={}, overrides={"draft.context_tokens": 256}).draft
+    config = llama_cpp()
     assert config.quantization == "auto"
     name = weights_of(config, default_model_path)
     assert name.endswith(".q8_0.gguf") == is_copied

@@ -1,7 +1,8 @@
 """Tiny models of random weights and rows to put through them: what the tests of the target engines have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,25 +51,48 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
     return CausalLM("tiny", model, vocabulary, frozenset({1}), max_context=_CONTEXT)
 
 
-def write_tiny_gguf(file: Path, output_scale: Sequence[float] = (), layers: int = _LAYERS) -> Path:
-    """A llama of the same width in float32; row n of its output layer is multiplied by `output_scale[n]`."""
+def write_tiny_gguf(
+    file: Path,
+    output_scale: Sequence[float] = (),
+    layers: int = _LAYERS,
+    head_dim: int = _HEAD_DIM,
+    tokenizer: str = "llama",
+    changed: Mapping[str, Any] = MappingProxyType({}),
+    tensors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> Path:
+    """A llama of the same width in float32; row n of its output layer is multiplied by `output_scale[n]`.
+
+    `tokenizer`: SentencePiece's (llama) or byte-level BPE (gpt2). `changed` and `tensors` are further metadata and
+    vectors.
+    """
+    heads = _HIDDEN // head_dim
+    kv_heads = heads * _KV_HEADS // _HEADS
     chance = np.random.default_rng(0)
     writer = GGUFWriter(file, "llama")
     writer.add_context_length(_CONTEXT)
     writer.add_embedding_length(_HIDDEN)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(_HIDDEN)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv(_KV_HEADS)
-    writer.add_rope_dimension_count(_HEAD_DIM)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_file_type(0)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"{token}" for token in range(_PADDED)])
+    writer.add_tokenizer_model(tokenizer)
+    if tokenizer == "gpt2":
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list([*(chr(ord("!") + token) for token in range(SIZE - 1)), "ab", "Ā", "Ġ", "Ċ"])
+        writer.add_token_merges(["a b"])
+    else:
+        writer.add_token_list([f"{token}" for token in range(_PADDED)])
     writer.add_token_scores([0.0] * _PADDED)
     writer.add_token_types([TokenType.NORMAL] * SIZE + [TokenType.UNUSED] * (_PADDED - SIZE))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    for name, value in changed.items():
+        writer.add_string(name, value)
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.array(values, np.float32))
 
     def add(name: str, *shape: int) -> None:
         weights = chance.normal(0, 0.4, shape).astype(np.float32) if len(shape) > 1 else np.ones(shape, np.float32)
@@ -80,9 +104,9 @@ def write_tiny_gguf(file: Path, output_scale: Sequence[float] = (), layers: int 
     add("output_norm", _HIDDEN)
     add("output", _PADDED, _HIDDEN)
     for layer in range(layers):
-        for name, size in (("attn_q", _HEADS), ("attn_k", _KV_HEADS), ("attn_v", _KV_HEADS)):
-            add(f"blk.{layer}.{name}", size * _HEAD_DIM, _HIDDEN)
-        add(f"blk.{layer}.attn_output", _HIDDEN, _HEADS * _HEAD_DIM)
+        for name, size in (("attn_q", heads), ("attn_k", kv_heads), ("attn_v", kv_heads)):
+            add(f"blk.{layer}.{name}", size * head_dim, _HIDDEN)
+        add(f"blk.{layer}.attn_output", _HIDDEN, heads * head_dim)
         for name in ("ffn_gate", "ffn_up", "ffn_down"):
             add(f"blk.{layer}.{name}", _HIDDEN, _HIDDEN)
         for name in ("attn_norm", "ffn_norm"):

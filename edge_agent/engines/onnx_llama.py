@@ -1,0 +1,228 @@
+"""A GGUF file of the Llama architecture (Llama, SmolLM, ...) as an ONNX folder with a float32 graph.
+
+The graph is what onnxruntime-genai's builder makes of such a model, written without it, torch or transformers, in a
+fraction of the time; `onnx_quantize` and `onnx_prefill` go on from either. For each layer:
+
+      hidden -> norm -> q, k, v in one product -> GroupQueryAttention (rotary, cache) -> product
+      + hidden -> norm -> gate and up in one product -> silu(gate) x up -> product -> + hidden
+
+GGUF keeps the rows of q and k in the order that llama.cpp rotates, neighbours in a pair; here a pair's numbers are half
+a head apart, as in the model that the file was made of.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_agent.engines.gguf_tokenizer import can_write_tokenizer, write_tokenizer
+from edge_agent.engines.onnx_folder import CONFIG_FILE, MODEL_FILE
+from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
+from edge_agent.engines.weight_blocks import Floats
+from shared.runtimes.gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, ValueInfoProto
+
+_LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+_EMBEDDING, _NORM, _OUTPUT, _ROPE_FACTORS = "token_embd", "output_norm", "output", "rope_freqs"
+_OPSET, _IR_VERSION = 21, 10
+_INT32 = 6  # ONNX's number of the type
+_HEAD_UNIT = 16  # numbers; onnxruntime rotates no other heads
+_TRAINED_BASE = 10_000.0  # of the angles, where the file says none
+
+
+def can_write_llama(file: GgufFile) -> bool:
+    """Whether the file holds such a model and nothing that the graph would leave out."""
+    layers = int(file.get("llama.block_count", 0))
+    needed = {_EMBEDDING, _NORM} | {f"blk.{layer}.{name}" for layer in range(layers) for name in _LAYER}
+    found = {name.removesuffix(".weight") for name in file.tensor_names}
+    size = _Sizes(file).head if needed <= found else 0
+    return (
+        file.get("general.architecture") == "llama"
+        and needed <= found <= needed | {_OUTPUT, _ROPE_FACTORS}
+        and size % _HEAD_UNIT == 0
+        and file.get("llama.rope.dimension_count", size) == size
+        and file.get("llama.rope.scaling.type", "none") == "none"
+        and can_write_tokenizer(file)
+    )
+
+
+def write_llama(file: GgufFile, folder: Path) -> None:
+    """Write graph, weights, configuration and tokenizer into a new folder."""
+    folder.mkdir()
+    _Graph(file).write(folder / MODEL_FILE)
+    config = {
+        "model": {
+            "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
+            "context_length": int(file.get("llama.context_length")),
+            "decoder": {"head_size": _Sizes(file).head},
+            "type": "llama",
+        },
+        "search": {"past_present_share_buffer": True},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_tokenizer(file, folder)
+
+
+class _Sizes:
+    """Heads, and numbers in one."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.heads = int(file.get("llama.attention.head_count"))
+        self.kv_heads = int(file.get("llama.attention.head_count_kv", self.heads))
+        width = int(file.get("llama.embedding_length"))
+        self.head = int(file.get("llama.attention.key_length", width // self.heads))
+
+
+class _Graph(GraphRewrite):
+    """The graph while it is written, node by node."""
+
+    def __init__(self, file: GgufFile) -> None:
+        from onnx import GraphProto, helper
+
+        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
+        empty = GraphProto(name=file.path.stem)
+        self._model = helper.make_model(empty, opset_imports=opsets, ir_version=_IR_VERSION)
+        super().__init__(self._model.graph)
+        self._file, self._sizes = file, _Sizes(file)
+        self._layers = int(file.get("llama.block_count"))
+        self._epsilon = float(file.get("llama.attention.layer_norm_rms_epsilon"))
+        self._nodes = list["NodeProto"]()
+
+    def write(self, destination: Path) -> None:
+        """Save the whole graph, its weights beside it."""
+        lengths = self._lengths()
+        hidden, change = self._embedded(), ""
+        for layer in range(self._layers):
+            normed, hidden = self._norm(f"blk.{layer}.attn_norm", hidden, change)
+            change = self._attention(layer, normed, lengths)
+            normed, hidden = self._norm(f"blk.{layer}.ffn_norm", hidden, change)
+            change = self._feed_forward(layer, normed)
+        normed, _ = self._norm(_NORM, hidden, change)
+        self._add("MatMul", [normed, "output_layer"], "logits")
+        self._declare()
+        self._keep(self._nodes)
+        save_graph(self._model, destination)
+
+    def _lengths(self) -> tuple[str, str]:
+        """Of the attention mask: the last token's position, and how many tokens there are."""
+        last = self._constant("mask_axis", np.array([1], np.int64))
+        count = self._add("ReduceSum", ["attention_mask", last], "mask_tokens", keepdims=0)
+        position = self._add("Sub", [count, self._constant("mask_one", np.array([1], np.int64))], "mask_position")
+        shape = self._add("Shape", ["attention_mask"], "mask_shape")
+        total = self._add(
+            "Gather", [shape, self._constant("mask_columns", np.array(1, np.int64))], "mask_total", axis=0
+        )
+        return (
+            self._add("Cast", [position], "last_position", to=_INT32),
+            self._add("Cast", [total], "total_tokens", to=_INT32),
+        )
+
+    def _embedded(self) -> str:
+        """The rows of the input's tokens; the table is the output layer where the file has no other."""
+        table = self._file.weights(f"{_EMBEDDING}.weight")
+        if f"{_OUTPUT}.weight" in self._file.tensor_names:
+            self._constant("output_layer", np.ascontiguousarray(self._file.weights(f"{_OUTPUT}.weight").T))
+            name = self._constant("embedding", table)
+        else:
+            weights = self._constant("output_layer", np.ascontiguousarray(table.T))
+            name = self._add("Transpose", [weights], "embedding", perm=[1, 0])
+        return self._add("Gather", [name, "input_ids"], "embedded")
+
+    def _norm(self, name: str, hidden: str, change: str) -> tuple[str, str]:
+        """The sum of `hidden` and `change`, if there is one, after this norm and before it."""
+        weights, normed = self._constant(name, self._file.weights(f"{name}.weight")), f"{name}_out"
+        if not change:
+            self._add("SimplifiedLayerNormalization", [hidden, weights], normed, axis=-1, epsilon=self._epsilon)
+            return normed, hidden
+        kind, total = "SkipSimplifiedLayerNormalization", f"{name}_sum"
+        self._add(kind, [hidden, change, weights], normed, "", "", total, epsilon=self._epsilon)
+        return normed, total
+
+    def _attention(self, layer: int, source: str, lengths: tuple[str, str]) -> str:
+        """What attention adds to the hidden state."""
+        sizes, prefix = self._sizes, f"blk.{layer}"
+        parts = [
+            _rotated_by_halves(self._weights(f"{prefix}.attn_q"), sizes.heads),
+            _rotated_by_halves(self._weights(f"{prefix}.attn_k"), sizes.kv_heads),
+            self._weights(f"{prefix}.attn_v"),
+        ]
+        qkv = self._product(f"{prefix}.attn_qkv", source, parts)
+        past = [f"past_key_values.{layer}.{what}" for what in ("key", "value")]
+        present = [f"present.{layer}.{what}" for what in ("key", "value")]
+        mixed = self._add(
+            "GroupQueryAttention",
+            [qkv, "", "", *past, *lengths, *self._rotation()], f"{prefix}.attn_mixed", *present,
+            num_heads=sizes.heads, kv_num_heads=sizes.kv_heads, scale=sizes.head**-0.5, do_rotary=1,
+        )  # fmt: skip
+        return self._product(f"{prefix}.attn_output", mixed, [self._weights(f"{prefix}.attn_output")])
+
+    def _feed_forward(self, layer: int, source: str) -> str:
+        """What the layer's second half adds to the hidden state."""
+        prefix = f"blk.{layer}.ffn"
+        both = self._product(
+            f"{prefix}_gate_up", source, [self._weights(f"{prefix}_gate"), self._weights(f"{prefix}_up")]
+        )
+        gate, up = f"{prefix}_gate", f"{prefix}_up"
+        self._add("Split", [both], gate, up, axis=-1, num_outputs=2)
+        slope = self._add("Sigmoid", [gate], f"{prefix}_slope")
+        active = self._add("Mul", [gate, slope], f"{prefix}_active")
+        return self._product(
+            f"{prefix}_down", self._add("Mul", [active, up], f"{prefix}_inner"), [self._weights(f"{prefix}_down")]
+        )
+
+    def _rotation(self) -> tuple[str, str]:
+        """Cosine and sine of each pair's turn (positions, pairs), computed in float32 as a torch target does."""
+        if "cos" not in self._tensors:
+            size, base = self._sizes.head, self._file.get("llama.rope.freq_base", _TRAINED_BASE)
+            angles = np.float32(1) / (base ** (np.arange(0, size, 2) / size)).astype(np.float32)
+            if f"{_ROPE_FACTORS}.weight" in self._file.tensor_names:
+                angles /= self._file.weights(f"{_ROPE_FACTORS}.weight")
+            turns = np.outer(np.arange(int(self._file.get("llama.context_length")), dtype=np.float32), angles)
+            self._constant("cos", np.cos(turns))
+            self._constant("sin", np.sin(turns))
+        return "cos", "sin"
+
+    def _declare(self) -> None:
+        """The graph's inputs and outputs, by the builder's names."""
+        inputs = [_tensor(name, np.int64, ["batch", columns]) for name, columns in (
+            ("input_ids", "rows"), ("attention_mask", "total_rows"),
+        )]  # fmt: skip
+        width = self._tensors["output_layer"].dims[1]
+        outputs = [_tensor("logits", np.float32, ["batch", "rows", width])]
+        for layer in range(self._layers):
+            for what in ("key", "value"):
+                cache: list[int | str] = ["batch", self._sizes.kv_heads]
+                inputs.append(_tensor(f"past_key_values.{layer}.{what}", np.float32, [*cache, "past_rows", "cache"]))
+                outputs.append(_tensor(f"present.{layer}.{what}", np.float32, [*cache, "total_rows", "cache"]))
+        self._graph.input.extend(inputs)
+        self._graph.output.extend(outputs)
+
+    def _product(self, name: str, source: str, parts: Sequence[Floats]) -> str:
+        """`source` times these weights (N, K), one below the other."""
+        weights = self._constant(f"{name}_weights", np.ascontiguousarray(np.concatenate(parts).T))
+        return self._add("MatMul", [source, weights], f"{name}_product")
+
+    def _weights(self, name: str) -> Floats:
+        return self._file.weights(f"{name}.weight")
+
+    def _add(self, kind: str, inputs: list[str], *outputs: str, **settings: Any) -> str:
+        self._nodes.append(self._node(kind, inputs, *outputs, **settings))
+        return outputs[0]
+
+
+def _rotated_by_halves(weights: Floats, heads: int) -> Floats:
+    """Rows (heads x D, K) that are rotated with their neighbours, in the order where the partner is D / 2 away."""
+    pairs = weights.reshape(heads, -1, 2, weights.shape[1])
+    halves: Floats = pairs.swapaxes(1, 2).reshape(weights.shape)
+    return halves
+
+
+def _tensor(name: str, kind: "type[np.generic]", shape: "Sequence[int | str]") -> "ValueInfoProto":
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(kind)), shape)
