@@ -119,7 +119,7 @@ def prepare(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads to measure it with.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Make a draft of a model; say how often it is right and how long a token takes. A minute for a small model."""
+    """Make a draft of a model; say how often it is right and how long a token takes. Half a minute for a small one."""
     from edge_agent.prepare import prepare as prepare_draft
 
     path = resolve_model(model, "model")

@@ -70,7 +70,7 @@ def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     from edge_agent.engines.onnx import CPU
     from edge_agent.engines.onnx_builder import can_be_onnx, is_installed
 
-    if path.is_dir() or config.provider != CPU or importlib.util.find_spec("llama_cpp") is None:
+    if path.is_dir() or config.provider != CPU or not _has_llama_cpp():
         return _onnx(config, path)
     if not is_x86() or has_gpu() or not is_installed() or not _is_llama(path):
         return _llama_cpp(config, path)
@@ -80,6 +80,10 @@ def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
     except (EngineError, OSError) as error:
         _log.warning("no faster draft can be made; llama.cpp drafts", file=str(path), error=str(error))
     return _llama_cpp(config, path)
+
+
+def _has_llama_cpp() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def _is_llama(path: Path) -> bool:
@@ -128,8 +132,9 @@ def _ngrams(config: DraftConfig, tokenizer: Tokenizer, max_context: int) -> Ngra
 
 def _tokenizer(path: Path) -> Tokenizer:
     """The text side of a model that does not run."""
-    if not path.is_dir():
+    if path.is_file() and _has_llama_cpp():
         return LlamaModel(path, vocabulary_only=True)
+    from edge_agent.engines.onnx_builder import with_onnx
     from edge_agent.engines.onnx_folder import OnnxFolder
 
-    return OnnxFolder(path)
+    return OnnxFolder(with_onnx(path, default_cache_dir()) if path.is_file() else path)

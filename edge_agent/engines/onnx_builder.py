@@ -93,7 +93,8 @@ def _check_packages(names: tuple[str, ...], extra: str) -> None:
     missing = next(filter(_is_missing, names), None)
     if missing is not None:
         raise EngineError(f"making an ONNX model of this one needs {missing!r}; install it with: "
-                          f"pip install 'outrider[{extra}]', here or where you run edge-agent prepare")  # fmt: skip
+                          f"pip install 'outrider[{extra}]', here or where you run edge-agent prepare; "
+                          "or let llama.cpp draft: pip install 'outrider[edge]'")  # fmt: skip
 
 
 def _build_any(model: Path, full: Path, work: Path, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""A model folder of onnxruntime-genai's builder: what its files say, and its tokenizer, without torch or transformers.
+"""A model folder as onnxruntime-genai's builder makes it: what its files say, and its tokenizer, without torch.
 
     model.onnx, model.onnx.data   the graph and its weights
     prefill.onnx, prefill.onnx.data   a second graph that reads prompts faster (`onnx_prefill`); may be missing
@@ -8,7 +8,7 @@
     tokenizer_config.json         how the begin and end tokens are spelled
     outrider_vocabulary.json      the bytes of each token id as the GGUF file has them, where the model came from one
 
-`edge-agent prepare` makes one; folders that the builder made by itself are read too.
+`onnx_builder` makes one; folders that onnxruntime-genai's builder made by itself are read too.
 """
 
 import json

@@ -1,6 +1,5 @@
 """Every `draft.engine` on the default model: by itself, and with n-grams in front of it."""
 
-import importlib.util
 from pathlib import Path
 
 import onnx
@@ -15,6 +14,7 @@ from edge_agent.engines.lookup_draft import LookupDraft
 from edge_agent.engines.ngram import NgramDraft
 from edge_agent.engines.onnx import OnnxDraft
 from edge_agent.engines.onnx_builder import build, with_onnx
+from edge_agent.engines.onnx_folder import OnnxFolder
 from edge_agent.engines.row_costs import RowCosts
 from edge_agent.prepare import Prepared
 from shared.core.messages import Sampling
@@ -143,6 +143,14 @@ def test_another_architecture_needs_what_the_builder_does(tmp_path: Path, monkey
         load_draft(config("onnx"), write_tiny_gguf(tmp_path / "tiny.gguf"))
 
 
+def test_n_grams_need_no_llama_cpp(default_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_has_llama_cpp", lambda: False)
+    loaded = load_draft(config("ngram"), default_model_path)
+    assert isinstance(loaded.engine, NgramDraft)
+    assert isinstance(loaded.model, OnnxFolder)
+    loaded.engine.close()
+
+
 class TestAuto:
     """Which engine `draft.engine: auto` takes."""
 
@@ -188,5 +196,5 @@ class TestAuto:
 
     def test_onnx_where_there_is_no_llama_cpp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "is_x86", lambda: False)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else object())
+        monkeypatch.setattr(engines, "_has_llama_cpp", lambda: False)
         assert self.taken(write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer="gpt2", head_dim=16)) is OnnxDraft
