@@ -16,7 +16,7 @@ A full window drops a part of itself at once, as the rest must be moved then.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.core.messages import Fingerprint, Sampling
-from shared.core.selection import confidences, draft_candidates
+from shared.core.selection import Ids, Logits, confidences, draft_candidates
 from shared.core.siblings import Siblings
 from shared.engine import Capabilities, EngineError, Proposal
 
@@ -110,7 +110,7 @@ class CachedDraft(ABC):
             raise LocalProtocolError("nothing to draft from: reset the engine to at least one token first")
         drafted: list[_Drafted] = []
         while len(drafted) < n and len(self._tokens) < self._capabilities.max_context:
-            drafted.append(self._select(self._logits(1)[0]))
+            drafted.append(self._select(self._logits(1)[0], 0))
             self._tokens.append(drafted[-1].token)
         return _proposal(drafted)
 
@@ -132,8 +132,8 @@ class CachedDraft(ABC):
         finally:
             del self._tokens[start:]
         drafted: list[_Drafted] = []
-        for row, guessed in zip(logits, (*guess, None), strict=True):
-            drafted.append(self._select(row))
+        for row, guessed in enumerate((*guess, None)):
+            drafted.append(self._select(logits[row], row))
             self._tokens.append(drafted[-1].token)
             if drafted[-1].token != guessed:
                 break
@@ -208,11 +208,17 @@ class CachedDraft(ABC):
         if self.dropped_tokens:
             self._cached = max(self._cached, SINK_TOKENS + self.dropped_tokens)
 
-    def _select(self, logits: NDArray[np.float32]) -> "_Drafted":
-        """The token that follows the list, by its logits (V,), and its siblings."""
+    def _exact(self, row: int) -> Callable[[Ids], Logits] | None:
+        """For an engine whose logits are rough: gives better ones of some ids after this row of the last forward."""
+        return None
+
+    def _select(self, logits: NDArray[np.float32], row: int) -> "_Drafted":
+        """The token that follows the list, by its logits (V,), which are this row of the forward, and its siblings."""
         # Padded ids beyond the vocabulary mean nothing to the verifier, which would refuse them.
         known = logits[: self.fingerprint.size]
-        ids = draft_candidates(known, self._sampling, len(self._tokens), 1 + _SIBLINGS, self._tokens, self._prompt_len)
+        ids = draft_candidates(
+            known, self._sampling, len(self._tokens), 1 + _SIBLINGS, self._tokens, self._prompt_len, self._exact(row)
+        )
         (token, confidence), *siblings = zip(ids.tolist(), confidences(known, ids), strict=True)
         return _Drafted(token, confidence, tuple(siblings))
 

@@ -9,7 +9,7 @@ with this module.
 import importlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,9 +19,20 @@ from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import SINK_TOKENS, CachedDraft, context_room
 from edge_agent.engines.huge_pages import huge_pages
-from edge_agent.engines.onnx_folder import INSTALL, LOGITS_ROWS, MODEL_FILE, PREFILL_FILE, OnnxFolder
+from edge_agent.engines.onnx_folder import (
+    HIDDEN,
+    INSTALL,
+    LOGITS_ROWS,
+    MODEL_FILE,
+    OUTPUT_FILE,
+    PREFILL_FILE,
+    WEIGHTS_FILE,
+    OnnxFolder,
+)
 from edge_agent.engines.rotary import read_rotary
+from edge_agent.engines.weight_blocks import BLOCK
 from shared.core.messages import Fingerprint
+from shared.core.selection import Ids, Logits
 from shared.engine import Capabilities, EngineError
 from shared.processor import is_x86
 
@@ -29,8 +40,10 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue
 
     _Bound = tuple[InferenceSession, IOBinding]
+    _Buffer = tuple[NDArray[np.generic], OrtValue]
 
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
+_ZERO = np.float32(128)  # of the output layer's values
 _PAST, _PRESENT, _KEY = "past_key_values.", "present.", ".key"
 # Of its two kernels for attention the tiled one, its first choice, is made for long prompts; a token takes it longer.
 _UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -82,7 +95,9 @@ class OnnxDraft(CachedDraft):
         self._caches: dict[str, OrtValue] = {}
         self._binding = self._bind(library, self._session, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
         self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
-        self._buffers: dict[int, tuple[NDArray[np.generic], OrtValue]] = {}  # by rows, each buffer allocated once
+        self._buffers: dict[tuple[str, int], _Buffer] = {}  # by rows, each buffer allocated once
+        self._hidden: NDArray[np.generic] | None = None  # (1, n, H), where the last forward's logits are rough
+        self._output_layer = self._map_output_layer()
         self._mask = np.ones((1, room), dtype=np.int64)
         capabilities = Capabilities(True, can_tree=False, max_context=max_context)
         super().__init__(folder.name, batch_tokens, capabilities, room)
@@ -103,7 +118,7 @@ class OnnxDraft(CachedDraft):
 
     def close(self) -> None:
         """Free the model; no other call may follow."""
-        del self._binding, self._session, self._prefill, self._caches, self._buffers
+        del self._binding, self._session, self._prefill, self._output_layer, self._caches, self._buffers
 
     def _bind(self, library: ModuleType, session: "InferenceSession", room: int, device: str) -> "IOBinding":
         """Give the session the cache, each buffer both past and present; the first one allocates it."""
@@ -149,8 +164,11 @@ class OnnxDraft(CachedDraft):
         if self._selects_rows:
             wanted = range(len(tokens) - max(num_logits, 1), len(tokens))  # none would be an empty matrix product
             binding.bind_cpu_input(LOGITS_ROWS, np.array(wanted, dtype=np.int64))
-            buffer, output = self._logits_buffer(len(wanted))
+            buffer, output = self._buffer(_LOGITS, len(wanted))
             binding.bind_ortvalue_output(_LOGITS, output)
+            if self._output_layer is not None:
+                self._hidden, output = self._buffer(HIDDEN, len(wanted))
+                binding.bind_ortvalue_output(HIDDEN, output)
         else:
             binding.bind_output(_LOGITS)
         self._run((self._session, binding), tokens, start)
@@ -171,13 +189,39 @@ class OnnxDraft(CachedDraft):
         except Exception as error:  # its classes share no base of their own
             raise EngineError(f"onnxruntime cannot evaluate {len(tokens)} token(s): {_one_line(error)}") from error
 
-    def _logits_buffer(self, rows: int) -> "tuple[NDArray[np.generic], OrtValue]":
-        """Where the logits (1, rows, V) go; what is there is overwritten by the next forward with as many."""
-        if rows not in self._buffers:
-            (output,) = (tensor for tensor in self._session.get_outputs() if tensor.name == _LOGITS)
+    def _map_output_layer(self) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        """The exact output layer, for graphs whose own is rough: values (V, B, 32), not read yet, and scales (V, B)."""
+        if HIDDEN not in {tensor.name for tensor in self._session.get_outputs()}:
+            return None
+        file = self.model.folder / OUTPUT_FILE
+        try:
+            with np.load(file) as described:
+                offset, scales = int(described["offset"]), described["scales"]
+            values = np.memmap(file.with_name(WEIGHTS_FILE), np.uint8, "r", offset, (*scales.shape, BLOCK))
+        except (OSError, ValueError, LookupError) as error:
+            raise EngineError(f"{file}: {_one_line(error)}; make the folder again") from error
+        return values, scales
+
+    def _exact(self, row: int) -> Callable[[Ids], Logits] | None:
+        if self._output_layer is None or self._hidden is None:
+            return None
+        values, scales = self._output_layer
+        hidden = self._hidden[0, row]
+
+        def logits(ids: Ids) -> Logits:
+            weights = (values[ids] - _ZERO) * scales[ids][..., None]
+            found: Logits = weights.reshape(len(ids), -1) @ hidden
+            return found
+
+        return logits
+
+    def _buffer(self, name: str, rows: int) -> "_Buffer":
+        """Where this output (1, rows, n) goes; what is there is overwritten by the next forward with as many rows."""
+        if (name, rows) not in self._buffers:
+            (output,) = (tensor for tensor in self._session.get_outputs() if tensor.name == name)
             array = np.empty((1, rows, output.shape[-1]), _TYPES[output.type])
-            self._buffers[rows] = array, _library().OrtValue.ortvalue_from_numpy(array)
-        return self._buffers[rows]
+            self._buffers[name, rows] = array, _library().OrtValue.ortvalue_from_numpy(array)
+        return self._buffers[name, rows]
 
     def _remove(self, length: int) -> bool:
         return True  # what lies behind the mask does not count

@@ -15,6 +15,7 @@ _CONTRIBUTED = frozenset({  # of that domain
     "GatherBlockQuantized", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits",
     "SkipSimplifiedLayerNormalization",
 })  # fmt: skip
+_OPSET, _IR_VERSION = 21, 10
 _SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
 
 
@@ -49,10 +50,19 @@ class GraphRewrite:
         return helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", domain=domain, **settings)
 
 
+def new_model(graph: "GraphProto") -> "ModelProto":
+    """A model of this graph, by the operators that onnxruntime-genai's builder uses."""
+    from onnx import helper
+
+    opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+
+
 def save_graph(model: "ModelProto", file: Path) -> None:
-    """Write the graph to `file`, its weights beside it."""
+    """Write the graph to `file`, its weights beside it unless they all are in another graph's file."""
     import onnx
 
     data = file.with_name(f"{file.name}.data")
     onnx.save(model, file, save_as_external_data=True, location=data.name, size_threshold=_SMALL_BYTES)
-    data.chmod(file.stat().st_mode)  # it comes for the owner alone
+    if data.exists():
+        data.chmod(file.stat().st_mode)  # it comes for the owner alone

@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_agent.engines.gguf_tokenizer import can_write_tokenizer, write_tokenizer
 from edge_agent.engines.onnx_folder import CONFIG_FILE, MODEL_FILE
-from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
+from edge_agent.engines.onnx_graph import GraphRewrite, new_model, save_graph
 from edge_agent.engines.weight_blocks import Floats
 from shared.runtimes.gguf_file import GgufFile
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 _EMBEDDING, _NORM, _OUTPUT, _ROPE_FACTORS = "token_embd", "output_norm", "output", "rope_freqs"
-_OPSET, _IR_VERSION = 21, 10
 _INT32 = 6  # ONNX's number of the type
 _HEAD_UNIT = 16  # numbers; onnxruntime rotates no other heads
 _TRAINED_BASE = 10_000.0  # of the angles, where the file says none
@@ -82,11 +81,9 @@ class _Graph(GraphRewrite):
     """The graph while it is written, node by node."""
 
     def __init__(self, file: GgufFile) -> None:
-        from onnx import GraphProto, helper
+        from onnx import GraphProto
 
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
-        empty = GraphProto(name=file.path.stem)
-        self._model = helper.make_model(empty, opset_imports=opsets, ir_version=_IR_VERSION)
+        self._model = new_model(GraphProto(name=file.path.stem))
         super().__init__(self._model.graph)
         self._file, self._sizes = file, _Sizes(file)
         self._layers = int(file.get("llama.block_count"))

@@ -11,8 +11,10 @@ of reading these weights, and of hundreds of nodes that do little:
 
 - Attention divides its scores by the root of a head's size. Here the projection of the queries does: onnxruntime's fast
   product of one row with a matrix knows no factor.
-- The output layer, a fifth of a small model, is in 8 bits, as is the embedding, whose table it often is: they decide
-  between near-equal tokens. It reads only the rows whose logits are wanted.
+- The output layer is a fifth of a small model, and nearly all of its logits are far from the largest. It is read in 4
+  bits, for the rows whose logits are wanted; those of the few best ids are then computed again, in 8 bits (a preview of
+  the softmax as in SVD-softmax, Shim et al. 2017, with fewer bits instead of a lower rank). These 8 bits are the
+  embedding's, too, where both have one table.
 """
 
 import math
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_agent.engines.onnx_folder import LOGITS_ROWS
+from edge_agent.engines.onnx_folder import HIDDEN, LOGITS_ROWS, OUTPUT_FILE
 from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
 from edge_agent.engines.rotary import ATTENTION, note_rotary
 from edge_agent.engines.weight_blocks import (
@@ -33,6 +35,7 @@ from edge_agent.engines.weight_blocks import (
     joined,
     sum_blocks,
     sum_copies,
+    symmetric4,
     symmetric8,
 )
 
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
 _PLAIN_INPUTS = 12  # of attention; behind them come some that could change the queries
+
+_ROUGH_BLOCK = 64  # of the output layer
 
 Progress = Callable[[float], None]
 """Told how much is done, 0 to 1."""
@@ -56,6 +61,7 @@ def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[
     rewrite.run(progress)
     note_rotary(model)
     save_graph(model, destination)
+    rewrite.describe_output_layer(destination.with_name(OUTPUT_FILE))
     return rewrite.num_matrices
 
 
@@ -71,6 +77,7 @@ class _Rewrite(GraphRewrite):
             node.input[0]: node
             for node in graph.node if node.op_type == ATTENTION and not any(node.input[_PLAIN_INPUTS:])
         }  # fmt: skip
+        self._exact: tuple[str, Floats] | None = None  # of the output layer: the tensor of its values, and their scales
         self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
 
     def run(self, progress: Progress) -> None:
@@ -80,6 +87,17 @@ class _Rewrite(GraphRewrite):
             progress(index / len(self._graph.node))
             nodes += self._replaced(node)
         self._keep(nodes)
+        if self._exact is not None and self._exact[0] not in {tensor.name for tensor in self._graph.initializer}:
+            self._graph.initializer.append(self._tensors[self._exact[0]])  # read by nothing in the graph
+
+    def describe_output_layer(self, file: Path) -> None:
+        """Write where in the saved graph's weights the exact values (V, B, 32) begin, and their scales (V, B)."""
+        if self._exact is None:
+            return
+        name, scales = self._exact
+        (tensor,) = (tensor for tensor in self._graph.initializer if tensor.name == name)
+        (offset,) = (int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+        np.savez(file, offset=offset, scales=scales)
 
     def _replaced(self, node: "NodeProto") -> "Iterator[NodeProto]":
         if node.op_type == "MatMul" and (weights := self._matrix(node.input[1])) is not None:
@@ -107,10 +125,16 @@ class _Rewrite(GraphRewrite):
         yield self._product(source, name, blocks, columns, node.output[0])
 
     def _output_layer(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
-        """The logits of the rows that are wanted; `weights` are (V, K)."""
-        rows = f"{node.input[0]}_rows"
-        yield self._node("Gather", [node.input[0], self._rows_input()], rows, axis=1)
-        yield self._product(rows, node.input[1], symmetric8(weights), weights.shape[1], node.output[0])
+        """Rough logits of the rows that are wanted, and these rows; `weights` are (V, K)."""
+        from onnx import TensorProto, helper
+
+        name, exact, columns = node.input[1], symmetric8(weights), weights.shape[1]
+        self._exact = self._stored(name, exact)[0], exact.scales
+        self._graph.output.append(
+            helper.make_tensor_value_info(HIDDEN, TensorProto.FLOAT, ["batch", "num_logits", columns])
+        )
+        yield self._node("Gather", [node.input[0], self._rows_input()], HIDDEN, axis=1)
+        yield self._product(HIDDEN, f"{name}_rough", symmetric4(weights, _ROUGH_BLOCK), columns, node.output[0])
 
     def _product(self, source: str, name: str, blocks: Blocks, columns: int, output: str) -> "NodeProto":
         """`source` (K) times the blocks' weights (N, K), which are kept under `name`."""
@@ -120,7 +144,7 @@ class _Rewrite(GraphRewrite):
             inputs.append(self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)))
         return self._node(
             "MatMulNBits", inputs, output,
-            K=columns, N=len(blocks.values), bits=blocks.bits, block_size=BLOCK,
+            K=columns, N=len(blocks.values), bits=blocks.bits, block_size=blocks.values.shape[-1],
             accuracy_level=_ACCURACY_LEVEL,
         )  # fmt: skip
 

@@ -64,6 +64,20 @@ def symmetric8(weights: Floats) -> Blocks:
     return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
 
 
+def symmetric4(weights: Floats, block: int) -> Blocks:
+    """Round (N, K) weights to 4 bits, with the scales of Q4_0: the largest number of a block is -8 steps.
+
+    Blocks are twice or four times as long as others where K allows it, up to `block`.
+    """
+    while weights.shape[1] % block:
+        block //= 2
+    blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, block)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    scales = np.where(largest == 0, np.float32(1), largest / -_ZERO).astype(np.float32)
+    values = np.clip(np.rint(blocks / scales[..., None]) + _ZERO, 0, _STEPS4).astype(np.uint8)
+    return Blocks(values, scales, np.full(scales.shape, _ZERO, np.uint8), 4)
+
+
 def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
     """The 4-bit grid that (N, 32 B) weights lie on, and the rest (N, B) to add to every weight of a block.
 

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_agent.engines.weight_blocks import BLOCK, Blocks, Floats, affine4, joined, sum_blocks, sum_copies, symmetric8
+from edge_agent.engines.weight_blocks import (
+    BLOCK,
+    Blocks,
+    Floats,
+    affine4,
+    joined,
+    sum_blocks,
+    sum_copies,
+    symmetric4,
+    symmetric8,
+)
 
 
 def grid(rows: int, blocks: int, seed: int = 0, steps: int = 16) -> tuple[NDArray[np.int64], Floats, Floats]:
@@ -67,6 +77,19 @@ def test_8_bit_blocks_are_exact_for_an_8_bit_file_and_near_for_others() -> None:
     scales = chance.uniform(0.001, 0.01, (4, 3, 1)).astype(np.float16).astype(np.float32)
     weights = (values * scales).astype(np.float32).reshape(4, -1)  # Q8_0
     np.testing.assert_allclose(symmetric8(weights).weights(), weights, atol=1e-6)
+
+
+@pytest.mark.parametrize(("columns", "block"), [(128, 64), (96, 32)])
+def test_rough_4_bit_blocks_are_off_by_a_step_at_most_and_exact_for_the_largest(columns: int, block: int) -> None:
+    weights = np.random.default_rng(0).normal(size=(3, columns)).astype(np.float32)
+    weights[0, :block] = 0
+    rough = symmetric4(weights, 64)
+    assert rough.values.shape == (3, columns // block, block)
+    assert rough.is_symmetric
+    off = np.abs(rough.weights() - weights).reshape(rough.values.shape)
+    assert (off <= np.abs(rough.scales)[..., None] * 1.0001).all()
+    largest = np.abs(weights).reshape(rough.values.shape).argmax(axis=-1)[..., None]
+    np.testing.assert_allclose(np.take_along_axis(off, largest, axis=-1), 0, atol=1e-6)
 
 
 def test_other_weights_are_off_by_half_a_step_at_most() -> None:
