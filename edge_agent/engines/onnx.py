@@ -7,6 +7,7 @@ with this module.
 """
 
 import importlib
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +26,12 @@ from edge_agent.engines.onnx_folder import (
     LOGITS_ROWS,
     MODEL_FILE,
     OUTPUT_FILE,
+    OUTPUT_PARTS,
     PREFILL_FILE,
     WEIGHTS_FILE,
     OnnxFolder,
 )
 from edge_agent.engines.rotary import read_rotary
-from edge_agent.engines.weight_blocks import BLOCK
 from shared.core.messages import Fingerprint
 from shared.core.selection import Ids, Logits
 from shared.engine import Capabilities, EngineError
@@ -190,15 +191,17 @@ class OnnxDraft(CachedDraft):
             raise EngineError(f"onnxruntime cannot evaluate {len(tokens)} token(s): {_one_line(error)}") from error
 
     def _map_output_layer(self) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
-        """The exact output layer, for graphs whose own is rough: values (V, B, 32), not read yet, and scales (V, B)."""
+        """The exact output layer, for graphs whose own is rough: values (V, B, 32) and scales (V, B), not read yet."""
         if HIDDEN not in {tensor.name for tensor in self._session.get_outputs()}:
             return None
         file = self.model.folder / OUTPUT_FILE
         try:
-            with np.load(file) as described:
-                offset, scales = int(described["offset"]), described["scales"]
-            values = np.memmap(file.with_name(WEIGHTS_FILE), np.uint8, "r", offset, (*scales.shape, BLOCK))
-        except (OSError, ValueError, LookupError) as error:
+            places = json.loads(file.read_text(encoding="utf-8"))
+            values, scales = (
+                np.memmap(file.with_name(WEIGHTS_FILE), kind, "r", places[what]["offset"], tuple(places[what]["shape"]))
+                for what, kind in OUTPUT_PARTS.items()
+            )
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise EngineError(f"{file}: {_one_line(error)}; make the folder again") from error
         return values, scales
 

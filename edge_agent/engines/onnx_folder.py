@@ -2,7 +2,7 @@
 
     model.onnx, model.onnx.data   the graph and its weights
     prefill.onnx, prefill.onnx.data   a second graph that reads prompts faster (`onnx_prefill`); may be missing
-    output.npz                    where among the weights the output layer is in 8 bits, for graphs whose own is rough
+    output.json                   where among the weights the output layer is in 8 bits, for graphs whose own is rough
     genai_config.json             context length, and whether past and present share a buffer
     tokenizer.json                the text side, for the package `tokenizers`
     chat_template.jinja           or `chat_template` in tokenizer_config.json
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = f"{MODEL_FILE}.data"
 PREFILL_FILE = "prefill.onnx"
-OUTPUT_FILE = "output.npz"
+OUTPUT_FILE = "output.json"
+OUTPUT_PARTS = {"values": "uint8", "scales": "float32"}  # (V, B, 32) and (V, B)
 HIDDEN = "hidden"  # output (1, n, H) of graphs made by `prepare`: what the output layer reads of each of these rows
 LOGITS_ROWS = "logits_rows"  # input (n) of graphs made by `prepare`: which rows the output layer reads
 CONFIG_FILE = "genai_config.json"

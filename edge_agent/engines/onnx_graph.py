@@ -16,7 +16,7 @@ _CONTRIBUTED = frozenset({  # of that domain
     "SkipSimplifiedLayerNormalization",
 })  # fmt: skip
 _OPSET, _IR_VERSION = 21, 10
-_SMALL_BYTES = 1024  # smaller tensors stay in the graph's own file
+_SMALL_BYTES = 256  # smaller tensors stay in the graph's own file
 
 
 class GraphRewrite:

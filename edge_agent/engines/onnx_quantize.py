@@ -17,6 +17,7 @@ of reading these weights, and of hundreds of nodes that do little:
   embedding's, too, where both have one table.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_agent.engines.onnx_folder import HIDDEN, LOGITS_ROWS, OUTPUT_FILE
+from edge_agent.engines.onnx_folder import HIDDEN, LOGITS_ROWS, OUTPUT_FILE, OUTPUT_PARTS
 from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
 from edge_agent.engines.rotary import ATTENTION, note_rotary
 from edge_agent.engines.weight_blocks import (
@@ -77,7 +78,7 @@ class _Rewrite(GraphRewrite):
             node.input[0]: node
             for node in graph.node if node.op_type == ATTENTION and not any(node.input[_PLAIN_INPUTS:])
         }  # fmt: skip
-        self._exact: tuple[str, Floats] | None = None  # of the output layer: the tensor of its values, and their scales
+        self._exact = list[str]()  # the tensors of the output layer in 8 bits: values, scales
         self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
 
     def run(self, progress: Progress) -> None:
@@ -87,17 +88,18 @@ class _Rewrite(GraphRewrite):
             progress(index / len(self._graph.node))
             nodes += self._replaced(node)
         self._keep(nodes)
-        if self._exact is not None and self._exact[0] not in {tensor.name for tensor in self._graph.initializer}:
-            self._graph.initializer.append(self._tensors[self._exact[0]])  # read by nothing in the graph
+        kept = {tensor.name for tensor in self._graph.initializer}
+        self._graph.initializer.extend(self._tensors[name] for name in self._exact if name not in kept)
 
     def describe_output_layer(self, file: Path) -> None:
-        """Write where in the saved graph's weights the exact values (V, B, 32) begin, and their scales (V, B)."""
-        if self._exact is None:
-            return
-        name, scales = self._exact
-        (tensor,) = (tensor for tensor in self._graph.initializer if tensor.name == name)
-        (offset,) = (int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-        np.savez(file, offset=offset, scales=scales)
+        """Write where in the saved graph's weights the output layer is in 8 bits."""
+        tensors = {tensor.name: tensor for tensor in self._graph.initializer}
+        places = {}
+        for what, name in zip(OUTPUT_PARTS, self._exact, strict=False):
+            (offset,) = (int(entry.value) for entry in tensors[name].external_data if entry.key == "offset")
+            places[what] = {"offset": offset, "shape": list(tensors[name].dims)}
+        if places:
+            file.write_text(json.dumps(places), encoding="utf-8")
 
     def _replaced(self, node: "NodeProto") -> "Iterator[NodeProto]":
         if node.op_type == "MatMul" and (weights := self._matrix(node.input[1])) is not None:
@@ -128,8 +130,8 @@ class _Rewrite(GraphRewrite):
         """Rough logits of the rows that are wanted, and these rows; `weights` are (V, K)."""
         from onnx import TensorProto, helper
 
-        name, exact, columns = node.input[1], symmetric8(weights), weights.shape[1]
-        self._exact = self._stored(name, exact)[0], exact.scales
+        name, columns = node.input[1], weights.shape[1]
+        self._exact = self._stored(name, symmetric8(weights))
         self._graph.output.append(
             helper.make_tensor_value_info(HIDDEN, TensorProto.FLOAT, ["batch", "num_logits", columns])
         )

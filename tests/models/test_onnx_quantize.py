@@ -1,5 +1,6 @@
 """The graph pass alone, on graphs of one or two matrices, run by onnxruntime."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ def small(file: Path) -> onnxruntime.InferenceSession:
 
 def exact_logits(folder: Path, hidden: Array) -> Array:
     """Of all ids, from the folder's 8 bits."""
-    with np.load(folder / "output.npz") as described:
-        scales = described["scales"]
-        values = np.memmap(folder / "small.onnx.data", np.uint8, "r", int(described["offset"]), (*scales.shape, 32))
+    places = json.loads((folder / "output.json").read_text())
+    values, scales = (
+        np.memmap(folder / "small.onnx.data", kind, "r", places[name]["offset"], tuple(places[name]["shape"]))
+        for name, kind in (("values", np.uint8), ("scales", np.float32))
+    )
     weights = (values - np.float32(128)) * scales[..., None]
     logits: Array = hidden @ weights.reshape(len(scales), -1).T
     return logits
