@@ -197,4 +197,6 @@ class TestAuto:
     def test_onnx_where_there_is_no_llama_cpp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engines, "is_x86", lambda: False)
         monkeypatch.setattr(engines, "_has_llama_cpp", lambda: False)
+        monkeypatch.setattr(onnx_builder, "_BUILDER_NEEDS", ("no_such_package",))  # a folder is made without
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert self.taken(write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer="gpt2", head_dim=16)) is OnnxDraft

@@ -14,7 +14,6 @@ from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.onnx import OnnxDraft
 from edge_agent.engines.onnx_folder import OnnxFolder
 from edge_agent.engines.onnx_llama import can_write_llama, write_llama
-from edge_agent.prepare import Prepared
 from edge_agent.texts import TEXTS
 from shared.engine import EngineError
 from shared.runtimes.gguf_file import GgufFile
@@ -125,12 +124,6 @@ def test_texts_are_cut_as_llama_cpp_cuts_them(
             assert b"".join(map(ours.token_piece, expected)) == b"".join(map(model.token_piece, expected))
     assert (ours.tokenize("a", add_special=True)[0] == described.get("tokenizer.ggml.bos_token_id")) is begins
     assert ours.vocabulary.fingerprint == model.vocabulary.fingerprint
-
-
-@pytest.mark.models
-def test_the_default_draft_is_made_without_torch_and_often_right(prepared_onnx: Prepared) -> None:
-    assert prepared_onnx.acceptance >= 0.95
-    assert not (prepared_onnx.path / "generation_config.json").exists(), "the builder was not asked"
 
 
 def rewritten(source: Path, out: Path, changed: Mapping[str, str | bool], tensors: bool = False) -> Path:
