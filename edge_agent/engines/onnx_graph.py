@@ -59,10 +59,9 @@ def new_model(graph: "GraphProto") -> "ModelProto":
 
 
 def save_graph(model: "ModelProto", file: Path) -> None:
-    """Write the graph to `file`, its weights beside it unless they all are in another graph's file."""
+    """Write the graph to `file`, its weights beside it."""
     import onnx
 
     data = file.with_name(f"{file.name}.data")
     onnx.save(model, file, save_as_external_data=True, location=data.name, size_threshold=_SMALL_BYTES)
-    if data.exists():
-        data.chmod(file.stat().st_mode)  # it comes for the owner alone
+    data.chmod(file.stat().st_mode)  # it comes for the owner alone

@@ -35,13 +35,14 @@ _TRAINED_BASE = 10_000.0  # of the angles, where the file says none
 
 def can_write_llama(file: GgufFile) -> bool:
     """Whether the file holds such a model and nothing that the graph would leave out."""
+    if file.get("general.architecture") != "llama":  # the settings below have other names then
+        return False
     layers = int(file.get("llama.block_count", 0))
     needed = {_EMBEDDING, _NORM} | {f"blk.{layer}.{name}" for layer in range(layers) for name in _LAYER}
     found = {name.removesuffix(".weight") for name in file.tensor_names}
     size = _Sizes(file).head if needed <= found else 0
     return (
-        file.get("general.architecture") == "llama"
-        and needed <= found <= needed | {_OUTPUT, _ROPE_FACTORS}
+        needed <= found <= needed | {_OUTPUT, _ROPE_FACTORS}
         and size % _HEAD_UNIT == 0
         and file.get("llama.rope.dimension_count", size) == size
         and file.get("llama.rope.scaling.type", "none") == "none"

@@ -67,7 +67,7 @@ def symmetric8(weights: Floats) -> Blocks:
 def symmetric4(weights: Floats, block: int) -> Blocks:
     """Round (N, K) weights to 4 bits, with the scales of Q4_0: the largest number of a block is -8 steps.
 
-    Blocks are twice or four times as long as others where K allows it, up to `block`.
+    Blocks are of `block` numbers where K can be cut into such, else of half as many, and so on.
     """
     while weights.shape[1] % block:
         block //= 2

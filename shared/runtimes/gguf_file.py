@@ -58,7 +58,7 @@ class GgufFile:
         tensor = self._tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what its package raises for a type of weights that it does not know
             raise EngineError(f"{self.path}: weights in {tensor.tensor_type.name} cannot be read ({name})") from error
         return np.asarray(values, dtype=np.float32)
 

@@ -89,6 +89,13 @@ def test_what_the_graph_would_leave_out_is_not_written(
     assert not can_write_llama(described)
 
 
+def test_another_architecture_is_not_written(tmp_path: Path) -> None:
+    """Its settings have other names: one that is asked for is not there, and was taken for a number."""
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", **BYTE_LEVEL)
+    other = rewritten(file, tmp_path / "other.gguf", {}, tensors=True, architecture="qwen2")
+    assert not can_write_llama(GgufFile(other))
+
+
 @pytest.mark.parametrize("options", [{"head_dim": 16}, {"tokenizer": "gpt2"}])
 def test_other_tokenizers_and_heads_that_onnxruntime_refuses_are_not_written(
     tmp_path: Path, options: dict[str, Any]
@@ -126,15 +133,18 @@ def test_texts_are_cut_as_llama_cpp_cuts_them(
     assert ours.vocabulary.fingerprint == model.vocabulary.fingerprint
 
 
-def rewritten(source: Path, out: Path, changed: Mapping[str, str | bool], tensors: bool = False) -> Path:
+def rewritten(
+    source: Path, out: Path, changed: Mapping[str, str | bool], tensors: bool = False, architecture: str = "llama"
+) -> Path:
     """The file with other metadata, and without its tensors unless they are asked for."""
-    reader, writer = GGUFReader(source), GGUFWriter(out, "llama")
+    reader, writer = GGUFReader(source), GGUFWriter(out, architecture)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture" or name in changed:
             continue
         kind = field.types[0]
         sub_type = field.types[-1] if kind is GGUFValueType.ARRAY else None
         if contents := field.contents() if kind is GGUFValueType.ARRAY else [field.contents()]:
+            name = name.replace("llama.", f"{architecture}.", 1)
             writer.add_key_value(name, contents if sub_type else contents[0], kind, sub_type=sub_type)
     for name, value in changed.items():
         writer.add_bool(name, value) if isinstance(value, bool) else writer.add_string(name, value)
