@@ -157,10 +157,12 @@ def test_answers_that_say_nothing_about_speed_are_named(toys: Callable[..., None
     )
 
 
+@pytest.mark.parametrize(("longest_s", "rounds"), [(60.0, 3), (0.0, 1)])
 def test_speculative_answers_come_first_and_are_as_long_as_asked(
-    toys: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    toys: Callable[..., None], monkeypatch: pytest.MonkeyPatch, longest_s: float, rounds: int
 ) -> None:
     toys()
+    monkeypatch.setattr(doctor, "_LONGEST_S", longest_s)
     asked = list[tuple[str, int]]()
     answer = EdgeAgent.answer
 
@@ -177,7 +179,7 @@ def test_speculative_answers_come_first_and_are_as_long_as_asked(
     in_lab(test)
     assert asked == [
         *[("speculative", 8), ("cloud_only", 8), ("local", 8)],
-        *[("speculative", 40), ("cloud_only", 16), ("local", 16)] * 2,
+        *[("speculative", 40), ("cloud_only", 16), ("local", 16)] * 2 * rounds,
     ]
 
 
