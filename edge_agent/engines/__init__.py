@@ -17,9 +17,8 @@ from edge_agent.engines.row_costs import measure_row_costs
 from edge_agent.engines.selftest import check_draft
 from edge_agent.engines.tokenizer import Tokenizer
 from shared.engine import DraftEngine, EngineError
-from shared.processor import is_x86
 from shared.runtimes.hub import default_cache_dir
-from shared.runtimes.llama_cpp import LlamaModel, has_gpu, with_weights
+from shared.runtimes.llama_cpp import LlamaModel, with_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,9 @@ def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
 
     if path.is_dir() or config.provider != CPU or not _has_llama_cpp():
         return _onnx(config, path)
-    if not is_x86() or has_gpu() or not is_installed() or not _is_llama(path):
+    from edge_agent.engines.llama_cpp import is_slow
+
+    if not is_installed() or not is_slow(path):
         return _llama_cpp(config, path)
     try:
         if can_be_onnx(path, default_cache_dir()):
@@ -84,15 +85,6 @@ def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
 
 def _has_llama_cpp() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
-
-
-def _is_llama(path: Path) -> bool:
-    """Of this architecture, by llama.cpp, which reads a file's head at once."""
-    model = LlamaModel(path, vocabulary_only=True)
-    try:
-        return model.metadata("general.architecture") == "llama"
-    finally:
-        model.close()
 
 
 def _threads(config: DraftConfig) -> int:

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+_LLAMA3 = "llama-bpe"
+_GPT4_WORDS = (  # with how many digits make a word
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _WORDS = {  # by `tokenizer.ggml.pre`: whether digits stand alone, and the pattern of words (None: GPT-2's)
     "smollm": (True, None),
-    "llama-bpe": (False, _LLAMA3_WORDS),
+    _LLAMA3: (False, _GPT4_WORDS % "{1,3}"),
+    "qwen2": (False, _GPT4_WORDS % ""),
 }
 
 
@@ -48,13 +50,13 @@ def _tokenizer(file: GgufFile) -> "Tokenizer":
     merges = [tuple(pair.split(" ")) for pair in file.get("tokenizer.ggml.merges", ())]
     ids = {text: token for token, text in enumerate(file.token_texts)}
     # A whole word that is a token is one, whatever its merges are: Llama 3.
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind == _LLAMA3))
     cuts: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if digits_alone else []
     if words:
         cuts.append(pre_tokenizers.Split(Regex(words), behavior="isolated"))
     cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(cuts), decoders.ByteLevel()
-    if file.get("tokenizer.ggml.add_bos_token"):
+    if file.get("tokenizer.ggml.add_bos_token", kind == _LLAMA3):
         first = _spelled(file, "bos")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", special_tokens=[(first, ids[first])]

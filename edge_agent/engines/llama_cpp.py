@@ -81,18 +81,26 @@ class LlamaCppDraft(CachedDraft):
         return can_rollback
 
 
-def faster_file(path: Path, cache_dir: Path) -> Path:
-    """The file, or the copy of it with 8-bit weights where llama.cpp has no fast kernels for its own on this processor.
+def is_slow(path: Path) -> bool:
+    """Whether llama.cpp has no fast kernels for the file's weights on this processor: Q4_1 on x86.
 
-    So it is with Q4_1 on x86. The file itself serves where no copy can be kept. Raises `EngineError` if the file cannot
-    be loaded.
+    Raises `EngineError` if the file cannot be loaded.
     """
     if not is_x86() or has_gpu():
-        return path
+        return False
     model = LlamaModel(path)
-    is_slow = model.is_q4_1
-    model.close()
-    if not is_slow:
+    try:
+        return model.is_q4_1
+    finally:
+        model.close()
+
+
+def faster_file(path: Path, cache_dir: Path) -> Path:
+    """The file, or the copy of it with 8-bit weights where its own are slow (`is_slow`).
+
+    The file itself serves where no copy can be kept. Raises `EngineError` if the file cannot be loaded.
+    """
+    if not is_slow(path):
         return path
     try:
         return with_weights(path, "q8_0", cache_dir)

@@ -2,7 +2,7 @@
 
 `onnx_quantize` makes its weights small for drafting, `onnx_prefill` adds a second graph that reads prompts.
 
-Of a GGUF file of the Llama architecture `onnx_llama` writes the float32 graph, with what an edge has installed. Of any
+Of a GGUF file of a Llama or a Qwen `onnx_llama` writes the float32 graph, with what an edge has installed. Of any
 other model onnxruntime-genai's builder does. It wants a Hugging Face folder; of a GGUF file one is made, its weights
 dequantized by transformers. That takes torch, transformers and the builder, here only: not where the result drafts.
 """
@@ -30,7 +30,7 @@ _EDGE_NEEDS = ("gguf", "onnx", "onnxruntime", "tokenizers")
 _BUILDER_NEEDS = ("accelerate", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
-_CONVERSION = "onnx-8"  # counts up whenever the same model would give another folder
+_CONVERSION = "onnx-9"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
 
 
@@ -76,7 +76,7 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
 
 
 def is_installed() -> bool:
-    """Whether the packages are here that make an ONNX folder of a GGUF file of the Llama architecture, and run it."""
+    """Whether the packages are here that make an ONNX folder of a GGUF file of such a model, and run it."""
     return not any(map(_is_missing, _EDGE_NEEDS))
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file of the Llama architecture (Llama, SmolLM, ...) as an ONNX folder with a float32 graph.
+"""A GGUF file of the Llama architecture or one close to it (SmolLM, Qwen) as an ONNX folder with a float32 graph.
 
 The graph is what onnxruntime-genai's builder makes of such a model, written without it, torch or transformers, in a
 fraction of the time; `onnx_quantize` and `onnx_prefill` go on from either. For each layer:
@@ -6,8 +6,10 @@ fraction of the time; `onnx_quantize` and `onnx_prefill` go on from either. For 
       hidden -> norm -> q, k, v in one product -> GroupQueryAttention (rotary, cache) -> product
       + hidden -> norm -> gate and up in one product -> silu(gate) x up -> product -> + hidden
 
-GGUF keeps the rows of q and k in the order that llama.cpp rotates, neighbours in a pair; here a pair's numbers are half
-a head apart, as in the model that the file was made of.
+Qwen 2 adds a bias to q, k and v; Qwen 3 has a norm for each head of q and of k instead.
+
+GGUF keeps the rows of a Llama's q and k in the order that llama.cpp rotates, neighbours in a pair; here a pair's
+numbers are half a head apart, as in the model that the file was made of, and as Qwen's files have them.
 """
 
 import json
@@ -26,7 +28,12 @@ from shared.runtimes.gguf_file import GgufFile
 if TYPE_CHECKING:
     from onnx import NodeProto, ValueInfoProto
 
-_LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+_HEADS = ("attn_q", "attn_k", "attn_v")
+_LAYER = tuple(
+    f"{name}.weight" for name in ("attn_norm", *_HEADS, "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+)
+_BIASES, _NORMS = tuple(f"{name}.bias" for name in _HEADS), ("attn_q_norm.weight", "attn_k_norm.weight")
+ARCHITECTURES = {"llama": _LAYER, "qwen2": (*_LAYER, *_BIASES), "qwen3": (*_LAYER, *_NORMS)}  # a layer's tensors
 _EMBEDDING, _NORM, _OUTPUT, _ROPE_FACTORS = "token_embd", "output_norm", "output", "rope_freqs"
 _INT32 = 6  # ONNX's number of the type
 _HEAD_UNIT = 16  # numbers; onnxruntime rotates no other heads
@@ -35,17 +42,18 @@ _TRAINED_BASE = 10_000.0  # of the angles, where the file says none
 
 def can_write_llama(file: GgufFile) -> bool:
     """Whether the file holds such a model and nothing that the graph would leave out."""
-    if file.get("general.architecture") != "llama":  # the settings below have other names then
+    settings = _Settings(file)
+    if settings.architecture not in ARCHITECTURES:  # its settings may have other names
         return False
-    layers = int(file.get("llama.block_count", 0))
-    needed = {_EMBEDDING, _NORM} | {f"blk.{layer}.{name}" for layer in range(layers) for name in _LAYER}
-    found = {name.removesuffix(".weight") for name in file.tensor_names}
-    size = _Sizes(file).head if needed <= found else 0
+    names = ARCHITECTURES[settings.architecture]
+    needed = {f"{_EMBEDDING}.weight", f"{_NORM}.weight"}
+    needed |= {f"blk.{layer}.{name}" for layer in range(settings.layers) for name in names}
+    found = file.tensor_names
     return (
-        needed <= found <= needed | {_OUTPUT, _ROPE_FACTORS}
-        and size % _HEAD_UNIT == 0
-        and file.get("llama.rope.dimension_count", size) == size
-        and file.get("llama.rope.scaling.type", "none") == "none"
+        needed <= found <= needed | {f"{_OUTPUT}.weight", f"{_ROPE_FACTORS}.weight"}
+        and settings.head_size % _HEAD_UNIT == 0
+        and settings.get("rope.dimension_count", settings.head_size) == settings.head_size
+        and settings.get("rope.scaling.type", "none") == "none"
         and can_write_tokenizer(file)
     )
 
@@ -53,14 +61,15 @@ def can_write_llama(file: GgufFile) -> bool:
 def write_llama(file: GgufFile, folder: Path) -> None:
     """Write graph, weights, configuration and tokenizer into a new folder."""
     folder.mkdir()
-    _Graph(file).write(folder / MODEL_FILE)
+    settings = _Settings(file)
+    _Graph(file, settings).write(folder / MODEL_FILE)
     config = {
         "model": {
             "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
-            "context_length": int(file.get("llama.context_length")),
-            "decoder": {"head_size": _Sizes(file).head},
-            "type": "llama",
+            "context_length": int(settings.get("context_length")),
+            "decoder": {"head_size": settings.head_size},
+            "type": settings.architecture,
         },
         "search": {"past_present_share_buffer": True},
     }
@@ -68,34 +77,43 @@ def write_llama(file: GgufFile, folder: Path) -> None:
     write_tokenizer(file, folder)
 
 
-class _Sizes:
-    """Heads, and numbers in one."""
+class _Settings:
+    """What the file says of the model's shape, by its architecture's names."""
 
     def __init__(self, file: GgufFile) -> None:
-        self.heads = int(file.get("llama.attention.head_count"))
-        self.kv_heads = int(file.get("llama.attention.head_count_kv", self.heads))
-        width = int(file.get("llama.embedding_length"))
-        self.head = int(file.get("llama.attention.key_length", width // self.heads))
+        self._file = file
+        self.architecture = str(file.get("general.architecture"))
+        self.layers = int(self.get("block_count", 0))
+        self.heads = int(self.get("attention.head_count", 0))
+        self.kv_heads = int(self.get("attention.head_count_kv", self.heads))
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in a key of one head."""
+        return int(self.get("attention.key_length") or int(self.get("embedding_length")) // self.heads)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of this architecture, or `default` where there is none."""
+        return self._file.get(f"{self.architecture}.{key}", default)
 
 
 class _Graph(GraphRewrite):
     """The graph while it is written, node by node."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, settings: _Settings) -> None:
         from onnx import GraphProto
 
         self._model = new_model(GraphProto(name=file.path.stem))
         super().__init__(self._model.graph)
-        self._file, self._sizes = file, _Sizes(file)
-        self._layers = int(file.get("llama.block_count"))
-        self._epsilon = float(file.get("llama.attention.layer_norm_rms_epsilon"))
+        self._file, self._settings = file, settings
+        self._epsilon = float(settings.get("attention.layer_norm_rms_epsilon"))
         self._nodes = list["NodeProto"]()
 
     def write(self, destination: Path) -> None:
         """Save the whole graph, its weights beside it."""
         lengths = self._lengths()
         hidden, change = self._embedded(), ""
-        for layer in range(self._layers):
+        for layer in range(self._settings.layers):
             normed, hidden = self._norm(f"blk.{layer}.attn_norm", hidden, change)
             change = self._attention(layer, normed, lengths)
             normed, hidden = self._norm(f"blk.{layer}.ffn_norm", hidden, change)
@@ -143,21 +161,48 @@ class _Graph(GraphRewrite):
 
     def _attention(self, layer: int, source: str, lengths: tuple[str, str]) -> str:
         """What attention adds to the hidden state."""
-        sizes, prefix = self._sizes, f"blk.{layer}"
-        parts = [
-            _rotated_by_halves(self._weights(f"{prefix}.attn_q"), sizes.heads),
-            _rotated_by_halves(self._weights(f"{prefix}.attn_k"), sizes.kv_heads),
-            self._weights(f"{prefix}.attn_v"),
-        ]
-        qkv = self._product(f"{prefix}.attn_qkv", source, parts)
+        settings, prefix = self._settings, f"blk.{layer}"
         past = [f"past_key_values.{layer}.{what}" for what in ("key", "value")]
         present = [f"present.{layer}.{what}" for what in ("key", "value")]
         mixed = self._add(
             "GroupQueryAttention",
-            [qkv, "", "", *past, *lengths, *self._rotation()], f"{prefix}.attn_mixed", *present,
-            num_heads=sizes.heads, kv_num_heads=sizes.kv_heads, scale=sizes.head**-0.5, do_rotary=1,
+            [*self._queries_keys_values(prefix, source), *past, *lengths, *self._rotation()],
+            f"{prefix}.attn_mixed", *present,
+            num_heads=settings.heads, kv_num_heads=settings.kv_heads, scale=1.0, do_rotary=1,
         )  # fmt: skip
         return self._product(f"{prefix}.attn_output", mixed, [self._weights(f"{prefix}.attn_output")])
+
+    def _queries_keys_values(self, prefix: str, source: str) -> tuple[str, str, str]:
+        """Attention's inputs, all in the first one unless they are normed; the queries by the root of their size."""
+        names, settings = ARCHITECTURES[self._settings.architecture], self._settings
+        scale = np.float32(settings.head_size**-0.5)
+        queries, keys, values = (self._weights(f"{prefix}.{name}") for name in _HEADS)
+        sizes = [len(part) for part in (queries, keys, values)]
+        if settings.architecture == "llama":
+            queries, keys = _rotated_by_halves(queries, settings.heads), _rotated_by_halves(keys, settings.kv_heads)
+        if _NORMS[0] in names:
+            packed = self._product(f"{prefix}.attn_qkv", source, [queries, keys, values])
+            parts = [f"{prefix}.{name}_part" for name in _HEADS]
+            self._add("Split", [packed, self._constant("qkv_sizes", np.array(sizes, np.int64))], *parts, axis=-1)
+            queries_norm, keys_norm = (self._file.weights(f"{prefix}.{name}") for name in _NORMS)
+            normed = self._normed_heads(parts[0], settings.heads, queries_norm * scale)
+            return normed, self._normed_heads(parts[1], settings.kv_heads, keys_norm), parts[2]
+        packed = self._product(f"{prefix}.attn_qkv", source, [queries * scale, keys, values])
+        if _BIASES[0] in names:
+            biases = [self._file.weights(f"{prefix}.{name}") for name in _BIASES]
+            biases[0] = biases[0] * scale
+            bias = self._constant(f"{prefix}.attn_qkv_bias", np.concatenate(biases))
+            packed = self._add("Add", [packed, bias], f"{prefix}.attn_qkv_biased")
+        return packed, "", ""
+
+    def _normed_heads(self, source: str, heads: int, weights: Floats) -> str:
+        """Each head of `source` (heads x D) by itself after a norm with these weights (D)."""
+        apart = self._constant(f"apart_{heads}", np.array([0, 0, heads, -1], np.int64))
+        joined = self._constant("joined", np.array([0, 0, -1], np.int64))
+        cut = self._add("Reshape", [source, apart], f"{source}_heads")
+        inputs = [cut, self._constant(f"{source}_norm", weights)]
+        self._add("SimplifiedLayerNormalization", inputs, f"{source}_normed", axis=-1, epsilon=self._epsilon)
+        return self._add("Reshape", [f"{source}_normed", joined], f"{source}_out")
 
     def _feed_forward(self, layer: int, source: str) -> str:
         """What the layer's second half adds to the hidden state."""
@@ -176,11 +221,11 @@ class _Graph(GraphRewrite):
     def _rotation(self) -> tuple[str, str]:
         """Cosine and sine of each pair's turn (positions, pairs), computed in float32 as a torch target does."""
         if "cos" not in self._tensors:
-            size, base = self._sizes.head, self._file.get("llama.rope.freq_base", _TRAINED_BASE)
+            size, base = self._settings.head_size, self._settings.get("rope.freq_base", _TRAINED_BASE)
             angles = np.float32(1) / (base ** (np.arange(0, size, 2) / size)).astype(np.float32)
             if f"{_ROPE_FACTORS}.weight" in self._file.tensor_names:
                 angles /= self._file.weights(f"{_ROPE_FACTORS}.weight")
-            turns = np.outer(np.arange(int(self._file.get("llama.context_length")), dtype=np.float32), angles)
+            turns = np.outer(np.arange(int(self._settings.get("context_length")), dtype=np.float32), angles)
             self._constant("cos", np.cos(turns))
             self._constant("sin", np.sin(turns))
         return "cos", "sin"
@@ -192,9 +237,9 @@ class _Graph(GraphRewrite):
         )]  # fmt: skip
         width = self._tensors["output_layer"].dims[1]
         outputs = [_tensor("logits", np.float32, ["batch", "rows", width])]
-        for layer in range(self._layers):
+        for layer in range(self._settings.layers):
             for what in ("key", "value"):
-                cache: list[int | str] = ["batch", self._sizes.kv_heads]
+                cache: list[int | str] = ["batch", self._settings.kv_heads]
                 inputs.append(_tensor(f"past_key_values.{layer}.{what}", np.float32, [*cache, "past_rows", "cache"]))
                 outputs.append(_tensor(f"present.{layer}.{what}", np.float32, [*cache, "total_rows", "cache"]))
         self._graph.input.extend(inputs)

@@ -5,22 +5,23 @@ from pathlib import Path
 import onnx
 import pytest
 import structlog
+from gguf import LlamaFileType
 
 from edge_agent import engines
 from edge_agent.config import DraftConfig, load_edge_config
-from edge_agent.engines import load_draft, onnx_builder
+from edge_agent.engines import llama_cpp, load_draft, onnx_builder
 from edge_agent.engines.llama_cpp import LlamaCppDraft
 from edge_agent.engines.lookup_draft import LookupDraft
 from edge_agent.engines.ngram import NgramDraft
 from edge_agent.engines.onnx import OnnxDraft
-from edge_agent.engines.onnx_builder import build, with_onnx
+from edge_agent.engines.onnx_builder import build, can_be_onnx, with_onnx
 from edge_agent.engines.onnx_folder import OnnxFolder
 from edge_agent.engines.row_costs import RowCosts
 from edge_agent.prepare import Prepared
 from shared.core.messages import Sampling
 from shared.engine import MODEL_SOURCE, DraftEngine, EngineError, Proposal
 from shared.runtimes.huggingface import no_progress
-from shared.runtimes.llama_cpp import LlamaModel
+from shared.runtimes.llama_cpp import LlamaModel, quantize
 from tests.models.tiny import write_tiny_gguf
 from tests.models.tiny_onnx import write_tiny_hf
 
@@ -156,8 +157,8 @@ class TestAuto:
 
     @pytest.fixture(autouse=True)
     def _on_x86(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engines, "is_x86", lambda: True)
-        monkeypatch.setattr(engines, "has_gpu", lambda: False)
+        monkeypatch.setattr(llama_cpp, "is_x86", lambda: True)
+        monkeypatch.setattr(llama_cpp, "has_gpu", lambda: False)
 
     def taken(self, path: Path, engine: str = "auto") -> type[DraftEngine]:
         loaded = load_draft(config(engine), path)
@@ -175,11 +176,20 @@ class TestAuto:
     def test_llama_cpp_where_it_was_not_measured_slower(
         self, name: str, value: bool, default_model_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engines, name, lambda: value)
+        monkeypatch.setattr(llama_cpp, name, lambda: value)
         assert self.taken(default_model_path) is LlamaCppDraft
 
+    def test_llama_cpp_for_weights_that_it_has_fast_kernels_for(self, default_model_path: Path, tmp_path: Path) -> None:
+        file = tmp_path / "small.gguf"
+        quantize(default_model_path, "q4_0", file)
+        assert can_be_onnx(file, tmp_path)
+        assert self.taken(file) is LlamaCppDraft
+
     def test_llama_cpp_for_another_model(self, tmp_path: Path) -> None:
-        assert self.taken(write_tiny_gguf(tmp_path / "tiny.gguf")) is LlamaCppDraft
+        file = write_tiny_gguf(tmp_path / "tiny.gguf", file_type=LlamaFileType.MOSTLY_Q4_1)
+        assert llama_cpp.is_slow(file)
+        assert not can_be_onnx(file, tmp_path)
+        assert self.taken(file) is LlamaCppDraft
 
     def test_llama_cpp_without_the_packages(self, default_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(onnx_builder, "_EDGE_NEEDS", ("no_such_package",))
@@ -195,7 +205,6 @@ class TestAuto:
         assert "no faster draft can be made; llama.cpp drafts" in [log["event"] for log in logs]
 
     def test_onnx_where_there_is_no_llama_cpp(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engines, "is_x86", lambda: False)
         monkeypatch.setattr(engines, "_has_llama_cpp", lambda: False)
         monkeypatch.setattr(onnx_builder, "_BUILDER_NEEDS", ("no_such_package",))  # a folder is made without
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

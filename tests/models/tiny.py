@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, LlamaFileType, TokenType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.core.messages import Sampling
@@ -59,16 +59,18 @@ def write_tiny_gguf(
     tokenizer: str = "llama",
     changed: Mapping[str, Any] = MappingProxyType({}),
     tensors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    architecture: str = "llama",
+    file_type: LlamaFileType = LlamaFileType.ALL_F32,
 ) -> Path:
     """A llama of the same width in float32; row n of its output layer is multiplied by `output_scale[n]`.
 
     `tokenizer`: SentencePiece's (llama) or byte-level BPE (gpt2). `changed` and `tensors` are further metadata and
-    vectors.
+    vectors, those that another `architecture` has among them; `file_type` is what the file says of its weights.
     """
     heads = _HIDDEN // head_dim
     kv_heads = heads * _KV_HEADS // _HEADS
     chance = np.random.default_rng(0)
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture)
     writer.add_context_length(_CONTEXT)
     writer.add_embedding_length(_HIDDEN)
     writer.add_block_count(layers)
@@ -77,7 +79,7 @@ def write_tiny_gguf(
     writer.add_head_count_kv(kv_heads)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(0)
+    writer.add_file_type(file_type)
     writer.add_tokenizer_model(tokenizer)
     if tokenizer == "gpt2":
         writer.add_tokenizer_pre("smollm")
