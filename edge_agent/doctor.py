@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from statistics import fmean, median
 
 import grpc
@@ -37,8 +36,7 @@ from shared.vocabulary import Vocabulary, describe_mismatch
 from shared.wire import Description
 
 _COMPARED_TOKENS = FEWEST_TOKENS  # of a cloud-only or a local answer, whose tokens all take about the same time
-_LEADS = ("", "Once more: ", "Please: ")  # each text is tried with these before it: the verifier has no such prompt yet
-_LONGEST_S = 45.0  # no text is tried again after so long
+_ROUNDS, _LONGEST_S = 3, 45.0  # each text is tried so often at most, and not again after so long
 _WARM_UP_TEXT = "Hello."
 _WARM_UP_TOKENS = 8  # the first answer dials, and knows neither the link nor the draft's speed
 _LEAST_MS = 0.5  # a step's time comes in whole ms, and none takes no time
@@ -190,10 +188,10 @@ async def _try(
         warm_up = make_request(config, loaded, _WARM_UP_TEXT)
         await _answer_every_way(agents, loaded.engine, warm_up, dict.fromkeys(ways, _WARM_UP_TOKENS))
         tried, began_s = list[Tried](), time.monotonic()
-        for lead, text in product(_LEADS, texts):
-            if lead and time.monotonic() - began_s > _LONGEST_S:
+        for text in [*texts] * _ROUNDS:
+            if len(tried) >= len(texts) and time.monotonic() - began_s > _LONGEST_S:
                 break
-            request = make_request(config, loaded, lead + text)
+            request = make_request(config, loaded, text)
             tried.append(await _answer_every_way(agents, loaded.engine, request, ways))
     except EngineError as error:
         checks.append(Check("answers", False, str(error), "give a shorter --prompt, or look at the verifier's log"))

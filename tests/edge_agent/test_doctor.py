@@ -163,12 +163,11 @@ def test_speculative_answers_come_first_and_are_as_long_as_asked(
 ) -> None:
     toys()
     monkeypatch.setattr(doctor, "_LONGEST_S", longest_s)
-    asked, prompts = list[tuple[str, int]](), set[tuple[int, ...]]()
+    asked = list[tuple[str, int]]()
     answer = EdgeAgent.answer
 
     def noting(agent: EdgeAgent, request: Request) -> AsyncGenerator[Event, None]:
         asked.append((request.session_id.partition("-")[2], request.max_new_tokens))
-        prompts.add(request.prompt)
         return answer(agent, request)
 
     monkeypatch.setattr(EdgeAgent, "answer", noting)
@@ -182,7 +181,6 @@ def test_speculative_answers_come_first_and_are_as_long_as_asked(
         *[("speculative", 8), ("cloud_only", 8), ("local", 8)],
         *[("speculative", 40), ("cloud_only", 16), ("local", 16)] * 2 * rounds,
     ]
-    assert len(prompts) == 1 + 2 * rounds, "none that the verifier has in its cache"
 
 
 def test_a_step_that_rounds_to_nothing_has_a_time() -> None:
