@@ -1,10 +1,13 @@
 """From the name of a model in the configuration to files on this machine."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from shared.engine import EngineError
@@ -14,6 +17,8 @@ _PACKAGE = "package:"
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<file>.+\.gguf))?")
 _SNAPSHOT_FILES = ["*.json", "*.safetensors"]  # not the other formats that many repositories also hold
 _EXPLICIT_PREFIXES = ("/", ".", "~")
+_COPY = re.compile(r"-[0-9a-f]{16}(?:-.+|\.(?!json$|lock$).+)?$")  # a copy's name, or that of one half made
+_KEPT_S = 30 * 24 * 3600.0
 
 
 def resolve_model(name: str, what: str) -> Path:
@@ -56,10 +61,28 @@ def cached_copy(path: Path, cache_dir: Path, conversion: str, ending: str = "") 
     """Where `cache_dir` keeps this conversion of a file; a file of another size or time is another file.
 
     Its name has this `ending`: what `with_suffix` would replace is the key, behind the last dot of "model.Q4_1-key".
+    One that is there counts as used now; where there is none yet, what was not used for a month makes room for it: the
+    copies of models that were replaced, and those that older versions of this made.
     """
     status = path.stat()
     key = hashlib.sha256(f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{conversion}".encode()).hexdigest()[:16]
-    return cache_dir / f"{path.stem}-{key}{ending}"
+    copy = cache_dir / f"{path.stem}-{key}{ending}"
+    with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
+        if copy.exists():
+            os.utime(copy)
+        else:
+            _forget_unused(cache_dir, time.time() - _KEPT_S)
+    return copy
+
+
+def _forget_unused(cache_dir: Path, since_s: float) -> None:
+    """Remove every copy that nobody has used since then (s since the epoch)."""
+    for entry in list(cache_dir.iterdir()) if cache_dir.is_dir() else ():
+        if _COPY.search(entry.name) and entry.stat().st_mtime < since_s:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _in_package(package: str, what: str) -> Path:

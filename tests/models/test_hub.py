@@ -1,4 +1,6 @@
+import os
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -6,7 +8,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from shared.engine import EngineError
-from shared.runtimes.hub import resolve_model
+from shared.runtimes.hub import cached_copy, resolve_model
 
 
 def refusal(name: str) -> str:
@@ -28,6 +30,29 @@ def test_an_existing_path_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve_model(str(tmp_path), "x") == tmp_path
     assert resolve_model("~/org/model.gguf", "x") == file
     assert resolve_model("org/model.gguf", "x") == Path("org/model.gguf")
+
+
+def test_copies_that_nobody_used_for_a_month_make_room_for_another(tmp_path: Path) -> None:
+    file, cache = tmp_path / "model.Q4_1.gguf", tmp_path / "cache"
+    file.write_bytes(b"GGUF")
+    assert not cached_copy(file, cache, "none yet").parent.exists()
+    cache.mkdir()
+    folder, kept = cached_copy(file, cache, "onnx-1"), cached_copy(file, cache, "onnx-2")
+    weights, recent = (cached_copy(file, cache, to, f".{to}.gguf") for to in ("q8_0", "float32"))
+    partial, lock = folder.with_name(f".{folder.name}-w3k"), folder.with_name(f"{folder.name}.lock")
+    cost, other = cache / "cost-0123456789abcdef.json", cache / "notes.gguf"
+    for directory in (folder, kept, partial):
+        directory.mkdir()
+        (directory / "model.onnx").touch()
+    for single in (weights, recent, lock, cost, other):
+        single.touch()
+    unused_s = time.time() - 31 * 24 * 3600
+    for entry in set(cache.iterdir()) - {recent}:
+        os.utime(entry, (unused_s, unused_s))
+    assert cached_copy(file, cache, "onnx-2") == kept
+    assert weights.exists(), "nothing is made, so nothing has to go"
+    assert cached_copy(file, cache, "onnx-3").parent == cache
+    assert set(cache.iterdir()) == {kept, recent, lock, cost, other}
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,8 @@ class TestAuto:
         assert can_be_onnx(file, tmp_path)
         assert self.taken(file) is LlamaCppDraft
 
-    def test_llama_cpp_for_another_model(self, tmp_path: Path) -> None:
+    def test_llama_cpp_for_another_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         file = write_tiny_gguf(tmp_path / "tiny.gguf", file_type=LlamaFileType.MOSTLY_Q4_1)
         assert llama_cpp.is_slow(file)
         assert not can_be_onnx(file, tmp_path)
