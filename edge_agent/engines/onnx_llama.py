@@ -42,10 +42,10 @@ _TRAINED_BASE = 10_000.0  # of the angles, where the file says none
 
 def can_write_llama(file: GgufFile) -> bool:
     """Whether the file holds such a model and nothing that the graph would leave out."""
-    settings = _Settings(file)
-    if settings.architecture not in ARCHITECTURES:  # its settings may have other names
+    names = ARCHITECTURES.get(file.get("general.architecture"))
+    if names is None:  # its settings may have other names, and be lists
         return False
-    names = ARCHITECTURES[settings.architecture]
+    settings = _Settings(file)
     needed = {f"{_EMBEDDING}.weight", f"{_NORM}.weight"}
     needed |= {f"blk.{layer}.{name}" for layer in range(settings.layers) for name in names}
     found = file.tensor_names

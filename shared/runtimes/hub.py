@@ -69,7 +69,9 @@ def cached_copy(path: Path, cache_dir: Path, conversion: str, ending: str = "") 
     copy = cache_dir / f"{path.stem}-{key}{ending}"
     with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
         if copy.exists():
-            os.utime(copy)
+            os.utime(
+                copy, ns=(time.time_ns(), copy.stat().st_mtime_ns)
+            )  # copies of this one are known by when it was made
         else:
             _forget_unused(cache_dir, time.time() - _KEPT_S)
     return copy
@@ -78,7 +80,7 @@ def cached_copy(path: Path, cache_dir: Path, conversion: str, ending: str = "") 
 def _forget_unused(cache_dir: Path, since_s: float) -> None:
     """Remove every copy that nobody has used since then (s since the epoch)."""
     for entry in list(cache_dir.iterdir()) if cache_dir.is_dir() else ():
-        if _COPY.search(entry.name) and entry.stat().st_mtime < since_s:
+        if _COPY.search(entry.name) and entry.stat().st_atime < since_s:
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:

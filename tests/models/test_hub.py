@@ -49,7 +49,9 @@ def test_copies_that_nobody_used_for_a_month_make_room_for_another(tmp_path: Pat
     unused_s = time.time() - 31 * 24 * 3600
     for entry in set(cache.iterdir()) - {recent}:
         os.utime(entry, (unused_s, unused_s))
+    made = kept.stat().st_mtime_ns
     assert cached_copy(file, cache, "onnx-2") == kept
+    assert kept.stat().st_mtime_ns == made, "or a copy of it would count as another's"
     assert weights.exists(), "nothing is made, so nothing has to go"
     assert cached_copy(file, cache, "onnx-3").parent == cache
     assert set(cache.iterdir()) == {kept, recent, lock, cost, other}

@@ -125,6 +125,15 @@ def test_another_architecture_is_not_written(tmp_path: Path, architecture: str) 
     assert not can_write_llama(GgufFile(other))
 
 
+def test_an_architecture_whose_layers_differ_is_not_written(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "other.gguf", "openelm")
+    writer.add_head_count([12, 16])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert not can_write_llama(GgufFile(tmp_path / "other.gguf"))
+
+
 @pytest.mark.parametrize("options", [{"head_dim": 16}, {"tokenizer": "gpt2"}])
 def test_other_tokenizers_and_heads_that_onnxruntime_refuses_are_not_written(
     tmp_path: Path, options: dict[str, Any]
