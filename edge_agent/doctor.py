@@ -3,9 +3,9 @@
 The checks build on one another; one that cannot be made is left out. Measured are the link (`link_probe`) and answers
 to a few texts: a speculative one, whose time depends on what is written, and short ones cloud-only and local. The
 speculative one comes first: a verifier that has the prompt in its cache leaves the edge no time to draft ahead. One
-wrong draft more or less changes such an answer by a fifth, so the texts are tried again while there is time. What is
-expected at other round trips is the event simulation of `shared.policy.limit`, scaled to the speculative answers that
-were really given.
+wrong draft more or less changes such an answer by a fifth, so the texts are tried again while there is time, although
+a verifier that keeps caches has their prompts then. What is expected at other round trips is the event simulation of
+`shared.policy.limit`, scaled to the speculative answers that were really given.
 """
 
 import os

@@ -73,8 +73,11 @@ def _auto(config: DraftConfig, path: Path) -> tuple[CachedDraft, Tokenizer]:
         return _onnx(config, path)
     from edge_agent.engines.llama_cpp import is_slow
 
-    if not is_installed() or not is_slow(path):
+    if not is_installed():
         return _llama_cpp(config, path)
+    if not is_slow(path):
+        as_it_is = None if config.quantization == "auto" else config.quantization  # or the file would be asked again
+        return _llama_cpp(config.model_copy(update={"quantization": as_it_is}), path)
     try:
         if can_be_onnx(path, default_cache_dir()):
             return _onnx(config, path)

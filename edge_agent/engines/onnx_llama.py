@@ -33,7 +33,7 @@ _LAYER = tuple(
     f"{name}.weight" for name in ("attn_norm", *_HEADS, "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 )
 _BIASES, _NORMS = tuple(f"{name}.bias" for name in _HEADS), ("attn_q_norm.weight", "attn_k_norm.weight")
-ARCHITECTURES = {"llama": _LAYER, "qwen2": (*_LAYER, *_BIASES), "qwen3": (*_LAYER, *_NORMS)}  # a layer's tensors
+_ARCHITECTURES = {"llama": _LAYER, "qwen2": (*_LAYER, *_BIASES), "qwen3": (*_LAYER, *_NORMS)}  # a layer's tensors
 _EMBEDDING, _NORM, _OUTPUT, _ROPE_FACTORS = "token_embd", "output_norm", "output", "rope_freqs"
 _INT32 = 6  # ONNX's number of the type
 _HEAD_UNIT = 16  # numbers; onnxruntime rotates no other heads
@@ -42,7 +42,7 @@ _TRAINED_BASE = 10_000.0  # of the angles, where the file says none
 
 def can_write_llama(file: GgufFile) -> bool:
     """Whether the file holds such a model and nothing that the graph would leave out."""
-    names = ARCHITECTURES.get(file.get("general.architecture"))
+    names = _ARCHITECTURES.get(file.get("general.architecture"))
     if names is None:  # its settings may have other names, and be lists
         return False
     settings = _Settings(file)
@@ -173,8 +173,8 @@ class _Graph(GraphRewrite):
         return self._product(f"{prefix}.attn_output", mixed, [self._weights(f"{prefix}.attn_output")])
 
     def _queries_keys_values(self, prefix: str, source: str) -> tuple[str, str, str]:
-        """Attention's inputs, all in the first one unless they are normed; the queries by the root of their size."""
-        names, settings = ARCHITECTURES[self._settings.architecture], self._settings
+        """Attention's inputs, all in the first one unless they are normed; the queries over the root of their size."""
+        names, settings = _ARCHITECTURES[self._settings.architecture], self._settings
         scale = np.float32(settings.head_size**-0.5)
         queries, keys, values = (self._weights(f"{prefix}.{name}") for name in _HEADS)
         sizes = [len(part) for part in (queries, keys, values)]

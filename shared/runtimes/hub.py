@@ -69,9 +69,8 @@ def cached_copy(path: Path, cache_dir: Path, conversion: str, ending: str = "") 
     copy = cache_dir / f"{path.stem}-{key}{ending}"
     with contextlib.suppress(OSError):  # a cache that cannot be written serves all the same
         if copy.exists():
-            os.utime(
-                copy, ns=(time.time_ns(), copy.stat().st_mtime_ns)
-            )  # copies of this one are known by when it was made
+            made_ns = copy.stat().st_mtime_ns  # stays: copies of this one are known by it
+            os.utime(copy, ns=(time.time_ns(), made_ns))
         else:
             _forget_unused(cache_dir, time.time() - _KEPT_S)
     return copy
