@@ -152,8 +152,8 @@ class TorchTarget:
     def near_tie(self) -> float:
         """How far two logits may lie apart and still change places with the shape of the batch; 0 in float32.
 
-        In bfloat16 logits of 16 to 32 are 0.125 apart. Over 300 positions of SmolLM2-135M the logit that moved most did
-        so by 1.1, and 1 or 2 tokens flipped, at margins up to 0.125.
+        Over 1,612 positions of SmolLM2-135M in bfloat16, in steps of 8 rows against one by one, the logit that moved
+        most did so by 1.3, and 11 tokens flipped, at margins up to 0.24.
         """
         return 0.0 if self._model.dtype == torch.float32 else 1.0
 

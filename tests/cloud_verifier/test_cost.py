@@ -163,15 +163,16 @@ class Stopwatch:
         raise AssertionError("asked while it is measured")
 
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ALWAYS = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256)
 
 
 def test_measuring_gives_the_engines_cost_without_its_warm_up() -> None:
     engine = Stopwatch(warm_up_ms=100)
     curve = measure_cost(engine, budget_s=100, clock=engine.clock)
     assert [rows for rows, _ in curve.points] == list(SIZES)
-    assert [ms for _, ms in curve.points[:7]] == pytest.approx([10.0 + rows for rows in SIZES[:7]])
-    assert [engine.runs.count((rows, 1)) for rows in SIZES] == [4] * 7 + [1] * 2
+    assert [ms for _, ms in curve.points[:8]] == pytest.approx([10.0 + rows for rows in SIZES[:8]])
+    assert [engine.runs.count((rows, 1)) for rows in SIZES] == [4] * 8 + [1] * 2
     assert curve.origin == MEASURED
     assert engine.lengths == {}  # released
 
@@ -179,7 +180,7 @@ def test_measuring_gives_the_engines_cost_without_its_warm_up() -> None:
 def test_a_slow_engine_is_measured_once_per_size_and_not_beyond_a_step_of_one_session() -> None:
     engine = Stopwatch(base_ms=10_000, row_ms=1000)
     curve = measure_cost(engine, budget_s=2, clock=engine.clock)
-    assert [engine.runs.count((rows, 1)) for rows in SIZES] == [2] * 5 + [0] * 4
+    assert [engine.runs.count((rows, 1)) for rows in SIZES] == [2 * (rows in ALWAYS) for rows in SIZES]
     assert curve(64) == 74_000
 
 
@@ -194,9 +195,9 @@ def test_large_sizes_are_measured_as_far_as_the_budget_goes(row_ms: float, budge
 @pytest.mark.parametrize(
     ("max_context", "max_rows", "cache_tokens", "sizes", "profiled"),
     [
-        (20, 2048, 8192, [1, 2, 4, 8], 8),
-        (8192, 14, 8192, [1, 2, 4, 8], 12),
-        (8192, 2048, 96, [1, 2, 4, 8, 16, 32], 48),
+        (20, 2048, 8192, [1, 2, 4, 6, 8], 8),
+        (8192, 14, 8192, [1, 2, 4, 6, 8], 12),
+        (8192, 2048, 96, [1, 2, 4, 6, 8, 16, 32], 48),
         (2, 2048, 8192, [1], 1),
     ],
 )
