@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.engines.cached_draft import CachedDraft, context_room
+from edge_agent.engines.cached_draft import SINK_TOKENS, CachedDraft, context_room
 from edge_agent.engines.huge_pages import huge_pages
 from edge_agent.engines.onnx_folder import (
     HIDDEN,
@@ -153,9 +153,9 @@ class OnnxDraft(CachedDraft):
     def _read_ahead(self, tokens: Sequence[int], start: int) -> int:
         if self._prefill is None or len(tokens) < _FEWEST_READ:
             return 0
-        exactly = int(start == 0)
-        if exactly:  # the first token, which all others attend to
-            self._evaluate(tokens[:1], 0, 0)
+        exactly = max(0, SINK_TOKENS - start)  # what all others attend to
+        if exactly:
+            self._evaluate(tokens[:exactly], start, 0)
         for at in range(exactly, len(tokens), self._batch_tokens):
             self._run(self._prefill, tokens[at : at + self._batch_tokens], start + at)
         return len(tokens)

@@ -30,7 +30,7 @@ _EDGE_NEEDS = ("gguf", "onnx", "onnxruntime", "tokenizers")
 _BUILDER_NEEDS = ("accelerate", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
-_CONVERSION = "onnx-9"  # counts up whenever the same model would give another folder
+_CONVERSION = "onnx-10"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from edge_agent.engines.gguf_tokenizer import can_write_tokenizer, write_tokenizer
 from edge_agent.engines.onnx_folder import CONFIG_FILE, MODEL_FILE
-from edge_agent.engines.onnx_graph import GraphRewrite, new_model, save_graph
+from edge_agent.engines.onnx_graph import GraphRewrite, new_model
 from edge_agent.engines.weight_blocks import Floats
 from shared.runtimes.gguf_file import GgufFile
 
@@ -62,7 +62,7 @@ def write_llama(file: GgufFile, folder: Path) -> None:
     """Write graph, weights, configuration and tokenizer into a new folder."""
     folder.mkdir()
     settings = _Settings(file)
-    _Graph(file, settings).write(folder / MODEL_FILE)
+    _Graph(file, settings, folder / MODEL_FILE).write()
     config = {
         "model": {
             "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
@@ -100,16 +100,16 @@ class _Settings:
 class _Graph(GraphRewrite):
     """The graph while it is written, node by node."""
 
-    def __init__(self, file: GgufFile, settings: _Settings) -> None:
+    def __init__(self, model: GgufFile, settings: _Settings, file: Path) -> None:
         from onnx import GraphProto
 
-        self._model = new_model(GraphProto(name=file.path.stem))
-        super().__init__(self._model.graph)
-        self._file, self._settings = file, settings
+        self._model = new_model(GraphProto(name=model.path.stem))
+        super().__init__(self._model.graph, file)
+        self._gguf, self._settings = model, settings
         self._epsilon = float(settings.get("attention.layer_norm_rms_epsilon"))
         self._nodes = list["NodeProto"]()
 
-    def write(self, destination: Path) -> None:
+    def write(self) -> None:
         """Save the whole graph, its weights beside it."""
         lengths = self._lengths()
         hidden, change = self._embedded(), ""
@@ -122,7 +122,7 @@ class _Graph(GraphRewrite):
         self._add("MatMul", [normed, "output_layer"], "logits")
         self._declare()
         self._keep(self._nodes)
-        save_graph(self._model, destination)
+        self.save(self._model)
 
     def _lengths(self) -> tuple[str, str]:
         """Of the attention mask: the last token's position, and how many tokens there are."""
@@ -140,18 +140,18 @@ class _Graph(GraphRewrite):
 
     def _embedded(self) -> str:
         """The rows of the input's tokens; the table is the output layer where the file has no other."""
-        table = self._file.weights(f"{_EMBEDDING}.weight")
-        if f"{_OUTPUT}.weight" in self._file.tensor_names:
-            self._constant("output_layer", np.ascontiguousarray(self._file.weights(f"{_OUTPUT}.weight").T))
+        table = self._gguf.weights(f"{_EMBEDDING}.weight")
+        if f"{_OUTPUT}.weight" in self._gguf.tensor_names:
+            self._constant("output_layer", self._gguf.weights(f"{_OUTPUT}.weight").T)
             name = self._constant("embedding", table)
         else:
-            weights = self._constant("output_layer", np.ascontiguousarray(table.T))
+            weights = self._constant("output_layer", table.T)
             name = self._add("Transpose", [weights], "embedding", perm=[1, 0])
         return self._add("Gather", [name, "input_ids"], "embedded")
 
     def _norm(self, name: str, hidden: str, change: str) -> tuple[str, str]:
         """The sum of `hidden` and `change`, if there is one, after this norm and before it."""
-        weights, normed = self._constant(name, self._file.weights(f"{name}.weight")), f"{name}_out"
+        weights, normed = self._constant(name, self._gguf.weights(f"{name}.weight")), f"{name}_out"
         if not change:
             self._add("SimplifiedLayerNormalization", [hidden, weights], normed, axis=-1, epsilon=self._epsilon)
             return normed, hidden
@@ -184,12 +184,12 @@ class _Graph(GraphRewrite):
             packed = self._product(f"{prefix}.attn_qkv", source, [queries, keys, values])
             parts = [f"{prefix}.{name}_part" for name in _HEADS]
             self._add("Split", [packed, self._constant("qkv_sizes", np.array(sizes, np.int64))], *parts, axis=-1)
-            queries_norm, keys_norm = (self._file.weights(f"{prefix}.{name}") for name in _NORMS)
+            queries_norm, keys_norm = (self._gguf.weights(f"{prefix}.{name}") for name in _NORMS)
             normed = self._normed_heads(parts[0], settings.heads, queries_norm * scale)
             return normed, self._normed_heads(parts[1], settings.kv_heads, keys_norm), parts[2]
         packed = self._product(f"{prefix}.attn_qkv", source, [queries * scale, keys, values])
         if _BIASES[0] in names:
-            biases = [self._file.weights(f"{prefix}.{name}") for name in _BIASES]
+            biases = [self._gguf.weights(f"{prefix}.{name}") for name in _BIASES]
             biases[0] = biases[0] * scale
             bias = self._constant(f"{prefix}.attn_qkv_bias", np.concatenate(biases))
             packed = self._add("Add", [packed, bias], f"{prefix}.attn_qkv_biased")
@@ -223,8 +223,8 @@ class _Graph(GraphRewrite):
         if "cos" not in self._tensors:
             size, base = self._settings.head_size, self._settings.get("rope.freq_base", _TRAINED_BASE)
             angles = np.float32(1) / (base ** (np.arange(0, size, 2) / size)).astype(np.float32)
-            if f"{_ROPE_FACTORS}.weight" in self._file.tensor_names:
-                angles /= self._file.weights(f"{_ROPE_FACTORS}.weight")
+            if f"{_ROPE_FACTORS}.weight" in self._gguf.tensor_names:
+                angles /= self._gguf.weights(f"{_ROPE_FACTORS}.weight")
             turns = np.outer(np.arange(int(self._settings.get("context_length")), dtype=np.float32), angles)
             self._constant("cos", np.cos(turns))
             self._constant("sin", np.sin(turns))
@@ -247,11 +247,11 @@ class _Graph(GraphRewrite):
 
     def _product(self, name: str, source: str, parts: Sequence[Floats]) -> str:
         """`source` times these weights (N, K), one below the other."""
-        weights = self._constant(f"{name}_weights", np.ascontiguousarray(np.concatenate(parts).T))
+        weights = self._constant(f"{name}_weights", np.concatenate(parts).T)
         return self._add("MatMul", [source, weights], f"{name}_product")
 
     def _weights(self, name: str) -> Floats:
-        return self._file.weights(f"{name}.weight")
+        return self._gguf.weights(f"{name}.weight")
 
     def _add(self, kind: str, inputs: list[str], *outputs: str, **settings: Any) -> str:
         self._nodes.append(self._node(kind, inputs, *outputs, **settings))

@@ -23,7 +23,7 @@ import numpy as np
 
 from edge_agent.engines.cached_draft import SINK_TOKENS
 from edge_agent.engines.onnx_folder import MODEL_FILE, PREFILL_FILE, OnnxFolder
-from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
+from edge_agent.engines.onnx_graph import GraphRewrite
 from edge_agent.engines.weight_blocks import Floats
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def write_prefill(full: Path, small: Path) -> None:
     """Add a reading graph to the folder `small`, which `onnx_quantize` has made of the float32 folder `full`."""
     import onnx
 
-    model, tokenizer = onnx.load(full / MODEL_FILE), OnnxFolder(full)
-    rewrite = _Rewrite(model.graph)
+    model, tokenizer = onnx.load(full / MODEL_FILE, load_external_data=False), OnnxFolder(full)
+    rewrite = _Rewrite(model.graph, small / PREFILL_FILE, full / MODEL_FILE)
     texts = [tokenizer.tokenize(text, add_special=True) for text in TEXTS]
     largest = _largest_inputs(full, tokenizer.head_size, list(rewrite.products), texts)
     rewrite.run(largest, onnx.load(small / MODEL_FILE, load_external_data=False).graph)
-    save_graph(model, small / PREFILL_FILE)
+    rewrite.save(model)
 
 
 class _Rewrite(GraphRewrite):
@@ -66,8 +66,8 @@ class _Rewrite(GraphRewrite):
     `products`: by the name of an input, the nodes that multiply it with weights.
     """
 
-    def __init__(self, graph: "GraphProto") -> None:
-        super().__init__(graph)
+    def __init__(self, graph: "GraphProto", file: Path, source: Path) -> None:
+        super().__init__(graph, file, source)
         kept = [output for output in graph.output if output.name != _LOGITS]
         del graph.output[:]
         graph.output.extend(kept)
@@ -129,14 +129,13 @@ class _Rewrite(GraphRewrite):
         for name in node.input:
             if name in constants:
                 self._tensors[name] = constants[name]
+                self._hold(name, self._file.parent)
             elif name in producers:
                 before += self._taken(small, producers[name])
         return [*before, node]
 
     def _weights(self, name: str) -> Floats:
-        from onnx import numpy_helper
-
-        return np.asarray(numpy_helper.to_array(self._tensors[name]), np.float32)
+        return np.asarray(self.array(name), np.float32)
 
 
 def _parts(source: str, numbers: int) -> list[str]:
@@ -164,6 +163,7 @@ def _largest_inputs(full: Path, head_size: int, names: Sequence[str], texts: Seq
     onnx.save(model, full / _WATCHED)  # beside the weights that it refers to
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # or it copies all weights into memory
     session = onnxruntime.InferenceSession(str(full / _WATCHED), options, providers=["CPUExecutionProvider"])
     caches = [tensor for tensor in session.get_inputs() if tensor.name.startswith("past_key_values.")]
     largest = dict[str, Floats]()

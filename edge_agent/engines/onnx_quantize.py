@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_agent.engines.onnx_folder import HIDDEN, LOGITS_ROWS, OUTPUT_FILE, OUTPUT_PARTS
-from edge_agent.engines.onnx_graph import GraphRewrite, save_graph
+from edge_agent.engines.onnx_graph import GraphRewrite
 from edge_agent.engines.rotary import ATTENTION, note_rotary
 from edge_agent.engines.weight_blocks import (
     BLOCK,
@@ -41,7 +41,7 @@ from edge_agent.engines.weight_blocks import (
 )
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 _ACCURACY_LEVEL = 4  # of MatMulNBits: activations in 8 bits
 _NEGLIGIBLE = 1e-3  # of a step: a rest that is only rounding (Q4_0)
@@ -57,20 +57,19 @@ def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[
     """Write the graph at `source` with small weights; how many matrices went to 4 bits and how many to 8."""
     import onnx
 
-    model = onnx.load(source)
-    rewrite = _Rewrite(model.graph)
+    model = onnx.load(source, load_external_data=False)
+    rewrite = _Rewrite(model.graph, destination, source)
     rewrite.run(progress)
-    note_rotary(model)
-    save_graph(model, destination)
-    rewrite.describe_output_layer(destination.with_name(OUTPUT_FILE))
+    note_rotary(model, rewrite.array)
+    rewrite.save(model)
     return rewrite.num_matrices
 
 
 class _Rewrite(GraphRewrite):
     """A float32 graph while its weights are made small."""
 
-    def __init__(self, graph: "GraphProto") -> None:
-        super().__init__(graph)
+    def __init__(self, graph: "GraphProto", file: Path, source: Path) -> None:
+        super().__init__(graph, file, source)
         self.num_matrices = {4: 0, 8: 0}
         self._transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
         self._outputs = {value.name for value in graph.output}
@@ -91,15 +90,16 @@ class _Rewrite(GraphRewrite):
         kept = {tensor.name for tensor in self._graph.initializer}
         self._graph.initializer.extend(self._tensors[name] for name in self._exact if name not in kept)
 
-    def describe_output_layer(self, file: Path) -> None:
-        """Write where in the saved graph's weights the output layer is in 8 bits."""
+    def save(self, model: "ModelProto") -> None:
+        """Write the graph, which is this model's, and where in its weights the output layer is in 8 bits."""
+        super().save(model)
         tensors = {tensor.name: tensor for tensor in self._graph.initializer}
         places = {}
         for what, name in zip(OUTPUT_PARTS, self._exact, strict=False):
             (offset,) = (int(entry.value) for entry in tensors[name].external_data if entry.key == "offset")
             places[what] = {"offset": offset, "shape": list(tensors[name].dims)}
         if places:
-            file.write_text(json.dumps(places), encoding="utf-8")
+            self._file.with_name(OUTPUT_FILE).write_text(json.dumps(places), encoding="utf-8")
 
     def _replaced(self, node: "NodeProto") -> "Iterator[NodeProto]":
         if node.op_type == "MatMul" and (weights := self._matrix(node.input[1])) is not None:
@@ -190,23 +190,21 @@ class _Rewrite(GraphRewrite):
 
     def _matrix(self, name: str) -> Floats | None:
         """The weights (K, N) of that name, if their K can be cut into blocks."""
-        from onnx import TensorProto, numpy_helper
+        from onnx import TensorProto
 
         tensor = self._tensors.get(name)
         if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or tensor.dims[0] % BLOCK:
             return None
-        return np.asarray(numpy_helper.to_array(tensor), dtype=np.float32)
+        return np.asarray(self.array(name), dtype=np.float32)
 
     def _table(self, name: str) -> tuple[str, Floats] | None:
         """The name and the rows (V, H) of a look-up table, which may be the output layer's weights transposed."""
-        from onnx import numpy_helper
-
         if name in self._transposed and (weights := self._matrix(self._transposed[name])) is not None:
             return self._transposed[name], np.ascontiguousarray(weights.T)
         tensor = self._tensors.get(name)
         if tensor is None or len(tensor.dims) != 2 or tensor.dims[1] % BLOCK:
             return None
-        return name, np.asarray(numpy_helper.to_array(tensor), dtype=np.float32)
+        return name, np.asarray(self.array(name), dtype=np.float32)
 
 
 def _scaled_queries(attention: "NodeProto", weights: Floats) -> Floats:

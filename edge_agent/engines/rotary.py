@@ -6,7 +6,7 @@ where onnxruntime can read them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,15 +42,16 @@ class Rotary:
         return result
 
 
-def note_rotary(model: "ModelProto") -> None:
-    """Write the angles into the metadata of a graph of onnxruntime-genai's builder, if its attention rotates."""
-    from onnx import numpy_helper
+def note_rotary(model: "ModelProto", array: Callable[[str], NDArray[np.generic]]) -> None:
+    """Write the angles into the metadata of a graph of onnxruntime-genai's builder, if its attention rotates.
 
+    `array` reads a constant by its name.
+    """
     node = next((node for node in model.graph.node if node.op_type == ATTENTION), None)
-    tables = {tensor.name: tensor for tensor in model.graph.initializer}
-    if node is None or len(node.input) <= _SIN or not {node.input[_COS], node.input[_SIN]} <= tables.keys():
+    tables = {tensor.name for tensor in model.graph.initializer}
+    if node is None or len(node.input) <= _SIN or not {node.input[_COS], node.input[_SIN]} <= tables:
         return
-    cos, sin = (numpy_helper.to_array(tables[node.input[index]])[1] for index in (_COS, _SIN))  # at position 1
+    cos, sin = (array(node.input[index])[1] for index in (_COS, _SIN))  # at position 1
     interleaved = any(field.name == "rotary_interleaved" and field.i for field in node.attribute)
     noted = model.metadata_props.add()
     noted.key = METADATA

@@ -10,6 +10,7 @@ block's constant, a fraction of a step is therefore left over; `sum_blocks` make
 multiply the sums of the input over each block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ _TOLERANCE = 0.02  # of a step: float16 scales times small integers, rounded to 
 _STEPS4 = 15
 _LOW_DIGIT = 1 / 16  # what a step of the second digit is worth, in steps of the first
 _ZERO = 8  # of the digits
+_ROWS = 4096  # that are rounded at once: what is computed on the way takes several times their memory
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -58,10 +60,14 @@ class Blocks:
 
 def symmetric8(weights: Floats) -> Blocks:
     """Round (N, 32 B) weights to 8 bits; Q8_0 blocks come out as they were."""
-    blocks = _blocks(weights)
-    scales = _no_zero(np.abs(blocks).max(axis=-1) / 127)
-    values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
-    return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
+
+    def rounded(rows: Floats) -> Blocks:
+        blocks = _blocks(rows)
+        scales = _no_zero(np.abs(blocks).max(axis=-1) / 127)
+        values = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)
+        return Blocks(values, scales, np.full(scales.shape, 128, np.uint8), 8)
+
+    return _stacked([rounded(rows) for rows in _row_groups(weights)])
 
 
 def symmetric4(weights: Floats, block: int) -> Blocks:
@@ -71,11 +77,15 @@ def symmetric4(weights: Floats, block: int) -> Blocks:
     """
     while weights.shape[1] % block:
         block //= 2
-    blocks = np.ascontiguousarray(weights, dtype=np.float32).reshape(len(weights), -1, block)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    scales = np.where(largest == 0, np.float32(1), largest / -_ZERO).astype(np.float32)
-    values = np.clip(np.rint(blocks / scales[..., None]) + _ZERO, 0, _STEPS4).astype(np.uint8)
-    return Blocks(values, scales, np.full(scales.shape, _ZERO, np.uint8), 4)
+
+    def rounded(rows: Floats) -> Blocks:
+        blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(len(rows), -1, block)
+        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+        scales = np.where(largest == 0, np.float32(1), largest / -_ZERO).astype(np.float32)
+        values = np.clip(np.rint(blocks / scales[..., None]) + _ZERO, 0, _STEPS4).astype(np.uint8)
+        return Blocks(values, scales, np.full(scales.shape, _ZERO, np.uint8), 4)
+
+    return _stacked([rounded(rows) for rows in _row_groups(weights)])
 
 
 def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
@@ -83,7 +93,17 @@ def affine4(weights: Floats) -> tuple[Blocks, Floats] | None:
 
     The rest is at most half a step unless a block lies far from zero. None where any block lies on no such grid.
     """
-    blocks = _blocks(weights)
+    found = list[tuple[Blocks, Floats]]()
+    for rows in _row_groups(weights):
+        if (group := _affine4(rows)) is None:
+            return None
+        found.append(group)
+    blocks, rests = zip(*found, strict=True)
+    return _stacked(blocks), np.concatenate(rests)
+
+
+def _affine4(rows: Floats) -> tuple[Blocks, Floats] | None:
+    blocks = _blocks(rows)
     low = blocks.min(axis=-1)
     span = blocks.max(axis=-1) - low
     scales = np.zeros_like(low)
@@ -139,6 +159,17 @@ def joined(left: Blocks, right: Blocks) -> Blocks:
         np.concatenate((left.zeros, right.zeros), axis=1),
         left.bits,
     )
+
+
+def _row_groups(weights: Floats) -> list[Floats]:
+    return [weights[at : at + _ROWS] for at in range(0, len(weights), _ROWS)]
+
+
+def _stacked(parts: Sequence[Blocks]) -> Blocks:
+    """The rows of all."""
+    columns = zip(*((part.values, part.scales, part.zeros) for part in parts), strict=True)
+    values, scales, zeros = map(np.concatenate, columns)
+    return Blocks(values, scales, zeros, parts[0].bits)
 
 
 def _low_start(blocks: int) -> int:

@@ -14,6 +14,7 @@ from shared.engine import EngineError
 from shared.runtimes.hub import check_is_gguf
 from shared.vocabulary import Vocabulary, token_bytes
 
+_ROWS = 4096  # that are dequantized at once: what is computed on the way takes several times their memory
 _UNUSED_TOKEN = 5  # GGUF token type, llama.cpp `LLAMA_TOKEN_TYPE_UNUSED`
 _BYTE_LEVEL = {"gpt2": True, "llama": False, "t5": False}
 _STOP_KEYS = ("eos", "eot", "eom")
@@ -56,11 +57,13 @@ class GgufFile:
         from gguf import dequantize
 
         tensor = self._tensors[name]
+        values = np.empty(tuple(tensor.shape)[::-1], np.float32)
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            for at in range(0, len(values), _ROWS):
+                values[at : at + _ROWS] = dequantize(tensor.data[at : at + _ROWS], tensor.tensor_type)
         except NotImplementedError as error:  # what its package raises for a type of weights that it does not know
             raise EngineError(f"{self.path}: weights in {tensor.tensor_type.name} cannot be read ({name})") from error
-        return np.asarray(values, dtype=np.float32)
+        return values
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -130,3 +130,18 @@ def test_packed_4_bit_values_come_two_to_a_byte_and_zeros_by_row() -> None:
     assert blocks.packed().shape == (1, 3, 16)
     assert blocks.packed()[0, 0, :2].tolist() == [0x10, 0x32]
     assert blocks.packed_zeros().tolist() == [[0x21, 0x03]]
+
+
+def test_many_rows_are_rounded_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = dequantized(*grid(10, 4))
+    off_the_grid = np.random.default_rng(4).normal(size=(10, 128)).astype(np.float32)
+    whole = affine4(weights), symmetric8(off_the_grid), symmetric4(off_the_grid, 64)
+    monkeypatch.setattr("edge_agent.engines.weight_blocks._ROWS", 3)
+    in_groups = affine4(weights), symmetric8(off_the_grid), symmetric4(off_the_grid, 64)
+    assert whole[0] is not None
+    assert in_groups[0] is not None
+    np.testing.assert_array_equal(in_groups[0][1], whole[0][1])
+    for ours, theirs in zip((in_groups[0][0], *in_groups[1:]), (whole[0][0], *whole[1:]), strict=True):
+        for part in ("values", "scales", "zeros"):
+            np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part))
+    assert affine4(np.concatenate((weights, off_the_grid))) is None
