@@ -35,12 +35,12 @@ class GraphRewrite:
         self._graph = graph
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
         self._file = file
-        self._folders = dict.fromkeys(self._tensors, (source or file).parent)  # of the files that constants lie in
-        self._new = set[str]()  # those that are not in the source's file
+        self._source = source or file
+        self._new = set[str]()  # constants that are not the source's
         self._data = file.with_name(f"{file.name}.data").open("wb")
 
     def array(self, name: str) -> "NDArray[np.generic]":
-        """The constant of that name; a large one is mapped, not read."""
+        """The source's constant of that name; a large one is mapped, not read."""
         from onnx import helper, numpy_helper
 
         tensor = self._tensors[name]
@@ -48,7 +48,7 @@ class GraphRewrite:
             return numpy_helper.to_array(tensor)
         where = {entry.key: entry.value for entry in tensor.external_data}
         kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        file = self._folders[name] / where["location"]
+        file = self._source.with_name(where["location"])
         return np.memmap(file, kind, "r", int(where.get("offset", 0)), tuple(tensor.dims))
 
     def _keep(self, nodes: "Sequence[NodeProto]") -> None:
@@ -69,7 +69,7 @@ class GraphRewrite:
         if name in self._new:
             return name
         array = np.asarray(array)
-        self._hold(name, self._file.parent)
+        self._new.add(name)
         if array.nbytes < _SMALL_BYTES:
             self._tensors[name] = numpy_helper.from_array(array, name)
             return name
@@ -84,11 +84,6 @@ class GraphRewrite:
             tensor.external_data.add(key=key, value=str(value))
         self._tensors[name] = tensor
         return name
-
-    def _hold(self, name: str, folder: Path) -> None:
-        """Note that a constant is no longer in the source's file, but in one in this folder."""
-        self._folders[name] = folder
-        self._new.add(name)
 
     def save(self, model: "ModelProto") -> None:
         """Write the graph, which is this model's; what it still has of the source's constants is copied first."""

@@ -129,7 +129,7 @@ class _Rewrite(GraphRewrite):
         for name in node.input:
             if name in constants:
                 self._tensors[name] = constants[name]
-                self._hold(name, self._file.parent)
+                self._new.add(name)
             elif name in producers:
                 before += self._taken(small, producers[name])
         return [*before, node]
