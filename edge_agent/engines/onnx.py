@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_agent.engines.cached_draft import SINK_TOKENS, CachedDraft, context_room
 from edge_agent.engines.huge_pages import huge_pages
+from edge_agent.engines.onnx_first_token import FirstTokens, read_first_tokens
 from edge_agent.engines.onnx_folder import (
     HIDDEN,
     INSTALL,
@@ -27,7 +28,9 @@ from edge_agent.engines.onnx_folder import (
     MODEL_FILE,
     OUTPUT_FILE,
     OUTPUT_PARTS,
+    PAST,
     PREFILL_FILE,
+    PRESENT,
     WEIGHTS_FILE,
     OnnxFolder,
 )
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
 
 _IDS, _MASK, _LOGITS = "input_ids", "attention_mask", "logits"
 _ZERO = np.float32(128)  # of the output layer's values
-_PAST, _PRESENT, _KEY = "past_key_values.", "present.", ".key"
+_KEY = ".key"
 # Of its two kernels for attention the tiled one, its first choice, is made for long prompts; a token takes it longer.
 _UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 # On x86 without VNNI, sums of products with signed weights overflow unless onnxruntime makes the weights unsigned.
@@ -93,8 +96,10 @@ class OnnxDraft(CachedDraft):
         if window_tokens and self._rotary is None:
             raise EngineError(f"{folder}: the graph does not say how it rotates keys, so it has no window; set "
                               "draft.window_tokens: 0 or make it again with edge-agent prepare")  # fmt: skip
-        self._caches: dict[str, OrtValue] = {}
-        self._binding = self._bind(library, self._session, room, "cuda" if provider in _GPU_PROVIDERS else "cpu")
+        device = "cuda" if provider in _GPU_PROVIDERS else "cpu"
+        self._caches: dict[str, _Buffer] = {}
+        self._first_tokens: FirstTokens = read_first_tokens(folder) if device == "cpu" else {}
+        self._binding = self._bind(library, self._session, room, device)
         self._selects_rows = LOGITS_ROWS in {tensor.name for tensor in self._session.get_inputs()}
         self._buffers: dict[tuple[str, int], _Buffer] = {}  # by rows, each buffer allocated once
         self._hidden: NDArray[np.generic] | None = None  # (1, n, H), where the last forward's logits are rough
@@ -127,15 +132,15 @@ class OnnxDraft(CachedDraft):
         for tensor in session.get_inputs():
             if tensor.name in (_IDS, _MASK, LOGITS_ROWS):
                 continue
-            if not tensor.name.startswith(_PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
+            if not tensor.name.startswith(PAST) or tensor.type not in _TYPES or len(tensor.shape) != 4:
                 raise EngineError(f"{self.model.folder}: the graph has an input {tensor.name!r}, which is not known "
                                   "here; make it with edge-agent prepare")  # fmt: skip
             if tensor.name not in self._caches:
                 zeros = np.zeros([1, tensor.shape[1], room, self.model.head_size], _TYPES[tensor.type])
-                self._caches[tensor.name] = library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
-            cache = self._caches[tensor.name]
+                self._caches[tensor.name] = zeros, library.OrtValue.ortvalue_from_numpy(zeros, device, 0)
+            _, cache = self._caches[tensor.name]
             binding.bind_ortvalue_input(tensor.name, cache)
-            binding.bind_ortvalue_output(_PRESENT + tensor.name.removeprefix(_PAST), cache)
+            binding.bind_ortvalue_output(PRESENT + tensor.name.removeprefix(PAST), cache)
         return binding
 
     def _if_faster(self, graph: "_Bound") -> "_Bound | None":
@@ -153,14 +158,20 @@ class OnnxDraft(CachedDraft):
     def _read_ahead(self, tokens: Sequence[int], start: int) -> int:
         if self._prefill is None or len(tokens) < _FEWEST_READ:
             return 0
-        exactly = max(0, SINK_TOKENS - start)  # what all others attend to
-        if exactly:
-            self._evaluate(tokens[:exactly], start, 0)
-        for at in range(exactly, len(tokens), self._batch_tokens):
+        if not start and self._put_first(tokens[0]):
+            read = 1
+        else:
+            read = max(0, SINK_TOKENS - start)  # what others attend to is read exactly
+            if read:
+                self._evaluate(tokens[:read], start, 0)
+        for at in range(read, len(tokens), self._batch_tokens):
             self._run(self._prefill, tokens[at : at + self._batch_tokens], start + at)
         return len(tokens)
 
     def _evaluate(self, tokens: Sequence[int], start: int, num_logits: int) -> NDArray[np.float32]:
+        is_known = not start and self._put_first(tokens[0])
+        if is_known and len(tokens) > max(num_logits, 1):
+            tokens, start = tokens[1:], 1
         binding, buffer = self._binding, None
         if self._selects_rows:
             wanted = range(len(tokens) - max(num_logits, 1), len(tokens))  # none would be an empty matrix product
@@ -173,12 +184,20 @@ class OnnxDraft(CachedDraft):
         else:
             binding.bind_output(_LOGITS)
         self._run((self._session, binding), tokens, start)
+        if is_known and not start:
+            self._put_first(tokens[0])  # over what the forward has written there
         # Asking for outputs wraps each of the cache's, too: a fortieth of a small model's forward.
         logits: NDArray[np.generic] = (binding.get_outputs()[-1].numpy() if buffer is None else buffer)[0]
         if len(logits) < num_logits:
             raise EngineError(f"{self.model.folder}: the graph gives the last row's logits only, so it cannot check "
                               "copies; make it again with edge-agent prepare")  # fmt: skip
         return logits[len(logits) - num_logits :].astype(np.float32, copy=False)
+
+    def _put_first(self, token: int) -> bool:
+        """Write what a text's first token leaves in the cache, if that is known; whether it is."""
+        for name, entry in self._first_tokens.get(token, {}).items():
+            self._caches[name][0][0, :, 0] = entry
+        return token in self._first_tokens
 
     def _run(self, graph: "_Bound", tokens: Sequence[int], start: int) -> None:
         """Evaluate tokens at the cache's positions from `start` on. Raises `EngineError`."""
@@ -231,7 +250,7 @@ class OnnxDraft(CachedDraft):
 
     def _shift(self, start: int, count: int, length: int) -> None:
         assert self._rotary is not None, "a window without it is refused"
-        for name, cache in self._caches.items():
+        for name, (_, cache) in self._caches.items():
             entries = cache.numpy().copy()
             moved = entries[:, :, start + count : length]
             if name.endswith(_KEY):

@@ -1,6 +1,7 @@
 """From a model to an ONNX folder: a graph in float32 first, then the ones that draft.
 
-`onnx_quantize` makes its weights small for drafting, `onnx_prefill` adds a second graph that reads prompts.
+`onnx_activations` sees how large its numbers get. `onnx_quantize` makes its weights small for drafting, `onnx_prefill`
+adds a second graph that reads prompts, `onnx_first_token` what their first token leaves in the cache.
 
 Of a GGUF file of a Llama or a Qwen `onnx_llama` writes the float32 graph, with what an edge has installed. Of any
 other model onnxruntime-genai's builder does. It wants a Hugging Face folder; of a GGUF file one is made, its weights
@@ -16,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from edge_agent.engines.onnx_activations import FullGraph, watch
+from edge_agent.engines.onnx_first_token import write_first_tokens
 from edge_agent.engines.onnx_folder import MODEL_FILE
 from edge_agent.engines.onnx_llama import can_write_llama, write_llama
 from edge_agent.engines.onnx_prefill import write_prefill
@@ -30,7 +33,7 @@ _EDGE_NEEDS = ("gguf", "onnx", "onnxruntime", "tokenizers")
 _BUILDER_NEEDS = ("accelerate", "onnx_ir", "onnxruntime_genai", "safetensors", "torch", "transformers")
 # Gate and up projection in one, where the model has them apart: 0.6 ms of 10 for SmolLM2.
 _OPTIONS = (("--extra_options", "fuse_mlp_gate_up=true"), ())
-_CONVERSION = "onnx-10"  # counts up whenever the same model would give another folder
+_CONVERSION = "onnx-11"  # counts up whenever the same model would give another folder
 _COPIED = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", VOCABULARY_FILE)
 
 
@@ -65,10 +68,17 @@ def build(model: Path, work: Path, progress: Progress) -> tuple[Path, Path]:
         write_llama(file, full)
     else:
         _build_any(model, full, work, progress)
+    progress("watching it read", None)
     small.mkdir()
-    quantize_graph(full / MODEL_FILE, small / MODEL_FILE, lambda done: progress("making the weights small", done))
+    graph = FullGraph(full)
+    activations = watch(graph)
+    write_first_tokens(graph, small)
+    del graph
+    quantize_graph(
+        full / MODEL_FILE, small / MODEL_FILE, activations, lambda done: progress("making the weights small", done)
+    )
     progress("making the graph that reads prompts", None)
-    write_prefill(full, small)
+    write_prefill(full, small, activations)
     for name in _COPIED:
         if (full / name).is_file():
             shutil.copy(full / name, small)

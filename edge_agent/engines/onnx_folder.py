@@ -2,6 +2,7 @@
 
     model.onnx, model.onnx.data   the graph and its weights
     prefill.onnx, prefill.onnx.data   a second graph that reads prompts faster (`onnx_prefill`); may be missing
+    first_token.npz               what a text's first token leaves in the cache (`onnx_first_token`); may be missing
     output.json                   where among the weights the output layer is in 8 bits, for graphs whose own is rough
     genai_config.json             context length, and whether past and present share a buffer
     tokenizer.json                the text side, for the package `tokenizers`
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = f"{MODEL_FILE}.data"
 PREFILL_FILE = "prefill.onnx"
+FIRST_TOKEN_FILE = "first_token.npz"  # noqa: S105 # a token of a text
 OUTPUT_FILE = "output.json"
 OUTPUT_PARTS = {"values": "uint8", "scales": "float32"}  # (V, B, 32) and (V, B)
 HIDDEN = "hidden"  # output (1, n, H) of graphs made by `prepare`: what the output layer reads of each of these rows
 LOGITS_ROWS = "logits_rows"  # input (n) of graphs made by `prepare`: which rows the output layer reads
+PAST, PRESENT = "past_key_values.", "present."  # a cache's two names, as input and output; behind them `0.key`
 CONFIG_FILE = "genai_config.json"
 # Special tokens that end a generation whatever the files say, by llama.cpp's list (`llama-vocab.cpp`).
 _END_SPELLINGS = frozenset({

@@ -9,6 +9,8 @@ of reading these weights, and of hundreds of nodes that do little:
 
       input (K) -> Reshape (B, 32) -> ReduceMean (B) -> Concat of the input and n copies (K + n B) -> MatMulNBits
 
+- What an input is on average comes off it before all that, where that makes its numbers smaller (`onnx_activations`),
+  and comes back as the product's bias.
 - Attention divides its scores by the root of a head's size. Here the projection of the queries does: onnxruntime's fast
   product of one row with a matrix knows no factor.
 - The output layer is a fifth of a small model, and nearly all of its logits are far from the largest. It is read in 4
@@ -19,12 +21,13 @@ of reading these weights, and of hundreds of nodes that do little:
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_agent.engines.onnx_activations import Activations
 from edge_agent.engines.onnx_folder import HIDDEN, LOGITS_ROWS, OUTPUT_FILE, OUTPUT_PARTS
 from edge_agent.engines.onnx_graph import GraphRewrite
 from edge_agent.engines.rotary import ATTENTION, note_rotary
@@ -53,12 +56,17 @@ Progress = Callable[[float], None]
 """Told how much is done, 0 to 1."""
 
 
-def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[int, int]:
-    """Write the graph at `source` with small weights; how many matrices went to 4 bits and how many to 8."""
+def quantize_graph(
+    source: Path, destination: Path, activations: Mapping[str, Activations], progress: Progress
+) -> dict[int, int]:
+    """Write the graph at `source` with small weights; how many matrices went to 4 bits and how many to 8.
+
+    `activations` are those of its products, by the names of their inputs.
+    """
     import onnx
 
     model = onnx.load(source, load_external_data=False)
-    rewrite = _Rewrite(model.graph, destination, source)
+    rewrite = _Rewrite(model.graph, destination, source, activations)
     rewrite.run(progress)
     note_rotary(model, rewrite.array)
     rewrite.save(model)
@@ -68,9 +76,10 @@ def quantize_graph(source: Path, destination: Path, progress: Progress) -> dict[
 class _Rewrite(GraphRewrite):
     """A float32 graph while its weights are made small."""
 
-    def __init__(self, graph: "GraphProto", file: Path, source: Path) -> None:
+    def __init__(self, graph: "GraphProto", file: Path, source: Path, activations: Mapping[str, Activations]) -> None:
         super().__init__(graph, file, source)
         self.num_matrices = {4: 0, 8: 0}
+        self._activations = activations
         self._transposed = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
         self._outputs = {value.name for value in graph.output}
         self._attention = {  # by what its queries come from
@@ -78,7 +87,7 @@ class _Rewrite(GraphRewrite):
             for node in graph.node if node.op_type == ATTENTION and not any(node.input[_PLAIN_INPUTS:])
         }  # fmt: skip
         self._exact = list[str]()  # the tensors of the output layer in 8 bits: values, scales
-        self._with_means = dict[str, str]()  # an input's name: that of the input and its block means
+        self._made = set[str]()  # what is computed of an input, once for all of its products
 
     def run(self, progress: Progress) -> None:
         """Replace every node whose weights can be small, and drop what nothing reads any more."""
@@ -115,16 +124,19 @@ class _Rewrite(GraphRewrite):
         columns, name, source = weights.shape[1], node.input[1], node.input[0]
         if node.output[0] in self._attention:
             weights = _scaled_queries(self._attention[node.output[0]], weights)
+        centre, bias = self._activations[source].centre, ""
+        if centre is not None:
+            bias = self._constant(f"{name}_bias", weights @ centre)
+            source = yield from self._centred(source, centre)
         if (found := affine4(weights)) is None:
-            yield self._product(source, name, symmetric8(weights), columns, node.output[0])
+            yield self._product(source, name, symmetric8(weights), columns, node.output[0], bias)
             return
         blocks, rest = found
         if np.abs(rest).max() > _NEGLIGIBLE * blocks.scales.max():
             blocks = joined(blocks, sum_blocks(rest * BLOCK))
-            source, added = self._means(source, rest.shape[1])
-            yield from added
+            source = yield from self._with_means(source, rest.shape[1])
             columns += sum_copies(rest.shape[1]) * rest.shape[1]
-        yield self._product(source, name, blocks, columns, node.output[0])
+        yield self._product(source, name, blocks, columns, node.output[0], bias)
 
     def _output_layer(self, node: "NodeProto", weights: Floats) -> "Iterator[NodeProto]":
         """Rough logits of the rows that are wanted, and these rows; `weights` are (V, K)."""
@@ -138,12 +150,17 @@ class _Rewrite(GraphRewrite):
         yield self._node("Gather", [node.input[0], self._rows_input()], HIDDEN, axis=1)
         yield self._product(HIDDEN, f"{name}_rough", symmetric4(weights, _ROUGH_BLOCK), columns, node.output[0])
 
-    def _product(self, source: str, name: str, blocks: Blocks, columns: int, output: str) -> "NodeProto":
-        """`source` (K) times the blocks' weights (N, K), which are kept under `name`."""
+    def _product(
+        self, source: str, name: str, blocks: Blocks, columns: int, output: str, bias: str = ""
+    ) -> "NodeProto":
+        """`source` (K) times the blocks' weights (N, K), which are kept under `name`, and a constant `bias` (N)."""
         self.num_matrices[blocks.bits] += 1
-        inputs = [source, *self._stored(name, blocks)]
-        if not blocks.is_symmetric:
-            inputs.append(self._constant(f"{name}_zeros", blocks.packed_zeros().reshape(-1)))
+        zeros = "" if blocks.is_symmetric else f"{name}_zeros"
+        if zeros:
+            self._constant(zeros, blocks.packed_zeros().reshape(-1))
+        inputs = [source, *self._stored(name, blocks), zeros, "", bias]  # amid them the columns' order
+        while not inputs[-1]:
+            inputs.pop()
         return self._node(
             "MatMulNBits", inputs, output,
             K=columns, N=len(blocks.values), bits=blocks.bits, block_size=blocks.values.shape[-1],
@@ -161,19 +178,25 @@ class _Rewrite(GraphRewrite):
             bits=8, block_size=BLOCK, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
-    def _means(self, source: str, blocks: int) -> "tuple[str, list[NodeProto]]":
-        """The name of this input with copies of its block means, and the nodes that make it where it is new."""
-        if source in self._with_means:
-            return self._with_means[source], []
+    def _centred(self, source: str, centre: Floats) -> "Generator[NodeProto, None, str]":
+        """The name of this input less its centre; gives the node that makes it where it is new."""
+        centred = f"{source}_centred"
+        if centred not in self._made:
+            self._made.add(centred)
+            yield self._node("Sub", [source, self._constant(f"{source}_centre", centre)], centred)
+        return centred
+
+    def _with_means(self, source: str, blocks: int) -> "Generator[NodeProto, None, str]":
+        """The name of this input with copies of its block means; gives the nodes that make it where it is new."""
         cut, means, whole = [f"{source}_{what}" for what in ("blocks", "means", "with_means")]
-        self._with_means[source] = whole
-        shape = self._constant("blocks_shape", np.array([0, 0, -1, BLOCK], np.int64))
-        last = self._constant("last_axis", np.array([-1], np.int64))
-        return whole, [
-            self._node("Reshape", [source, shape], cut),
-            self._node("ReduceMean", [cut, last], means, keepdims=0),
-            self._node("Concat", [source, *[means] * sum_copies(blocks)], whole, axis=-1),
-        ]
+        if whole not in self._made:
+            self._made.add(whole)
+            shape = self._constant("blocks_shape", np.array([0, 0, -1, BLOCK], np.int64))
+            last = self._constant("last_axis", np.array([-1], np.int64))
+            yield self._node("Reshape", [source, shape], cut)
+            yield self._node("ReduceMean", [cut, last], means, keepdims=0)
+            yield self._node("Concat", [source, *[means] * sum_copies(blocks)], whole, axis=-1)
+        return whole
 
     def _rows_input(self) -> str:
         """The input that names the rows whose logits are wanted: an output layer is a fifth of a small model."""

@@ -263,7 +263,7 @@ class TestPrepared:
         assert read_bytes < 108e6
         assert {path.name for path in prepared_onnx.path.iterdir()} - to_read == {
             "model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
-            "chat_template.jinja", "outrider_vocabulary.json", "output.json",
+            "chat_template.jinja", "outrider_vocabulary.json", "output.json", "first_token.npz",
         }  # fmt: skip
 
     def test_the_likely_ids_are_computed_again(self, tiny: tuple[Path, Path, PreTrainedModel]) -> None:

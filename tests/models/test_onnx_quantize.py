@@ -12,7 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from edge_agent.engines.onnx_activations import Activations
 from edge_agent.engines.onnx_quantize import quantize_graph
+from edge_agent.engines.weight_blocks import symmetric8
+from tests.models.tiny_onnx import unwatched
 
 Array = NDArray[np.float32]
 IDS = 96
@@ -41,9 +44,9 @@ def tied(folder: Path) -> tuple[Path, Array]:
     return saved(folder, nodes, {"weights": np.ascontiguousarray(table.T)}), table
 
 
-def small(file: Path) -> onnxruntime.InferenceSession:
+def small(file: Path, activations: Mapping[str, Activations] | None = None) -> onnxruntime.InferenceSession:
     destination = file.with_name("small.onnx")
-    quantize_graph(file, destination, lambda _: None)
+    quantize_graph(file, destination, activations or unwatched(file), lambda _: None)
     return onnxruntime.InferenceSession(str(destination), providers=["CPUExecutionProvider"])
 
 
@@ -125,3 +128,34 @@ def test_the_queries_projection_takes_over_the_attention_scale(tmp_path: Path, p
     (ours,) = (node for node in quantized.node if node.op_type == attention.op_type)
     assert {field.name: helper.get_attribute_value(field) for field in ours.attribute}["scale"] == 1
     assert np.abs(logits - exact).max() < 0.03 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_an_input_is_on_average_is_not_rounded(tmp_path: Path, bits: int) -> None:
+    chance = np.random.default_rng(3)
+    table = chance.normal(size=(IDS, 64)).astype(np.float32)
+    table[:, [5, 40]] += [300, -200]
+    weights = chance.integers(-7, 8, (64, IDS)).astype(np.float32) if bits == 4 else chance.normal(size=(64, IDS))
+    weights = weights.astype(np.float32)
+    names = ["first", "second"]  # both read the same input
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["found"]),
+        helper.make_node("Mul", ["found", "factors"], ["embedded"]),  # or blocks of the table were blocks of the input
+        *(helper.make_node("MatMul", ["embedded", name], [f"{name}_rows"]) for name in names),
+        helper.make_node("Sum", [f"{name}_rows" for name in names], ["sum"]),
+        helper.make_node("MatMul", ["sum", "out"], ["logits"]),
+    ]
+    tensors = {"table": table, "first": weights, "second": -2 * weights, "out": np.eye(IDS, dtype=np.float32)}
+    tensors["factors"] = factors = chance.uniform(0.5, 2, 64).astype(np.float32)
+    file = saved(tmp_path, nodes, tensors)
+    ids = np.arange(IDS)[None]
+    embedded = symmetric8(table).weights() * factors
+    exact, largest = -embedded @ weights, np.abs(embedded).max(axis=0)
+    errors = list[float]()
+    for centre in (None, embedded.mean(axis=0)):
+        activations = unwatched(file) | {"embedded": Activations(centre, largest)}
+        (hidden,) = small(file, activations).run(["hidden"], {"input_ids": ids, "logits_rows": np.arange(IDS)})
+        errors.append(float(np.abs(hidden - exact).mean() / np.abs(exact).mean()))
+    kinds = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
+    assert kinds.count("Sub") == 1, "once for all products of the input"
+    assert errors[1] < errors[0] / 2, errors
