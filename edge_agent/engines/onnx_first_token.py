@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_agent.engines.chat import chat_prompt
 from edge_agent.engines.onnx_activations import FullGraph
-from edge_agent.engines.onnx_folder import FIRST_TOKEN_FILE, PAST, PRESENT
+from edge_agent.engines.onnx_folder import FIRST_ENTRIES_FILE, PAST, PRESENT
 from shared.engine import EngineError
 
 _IDS = "ids"
@@ -37,12 +37,12 @@ def write_first_tokens(full: FullGraph, folder: Path) -> None:
         for name, cache in zip(full.caches, full.run([token], full.caches), strict=True):
             entries[name].append(cache[:, 0])
     names = {PAST + name.removeprefix(PRESENT): rows for name, rows in entries.items()}
-    np.savez(folder / FIRST_TOKEN_FILE, allow_pickle=False, **{_IDS: np.array(ids)}, **names)
+    np.savez(folder / FIRST_ENTRIES_FILE, allow_pickle=False, **{_IDS: np.array(ids)}, **names)
 
 
 def read_first_tokens(folder: Path) -> FirstTokens:
     """Those that the folder has; none in folders that others made. Raises `EngineError` where the file is damaged."""
-    file = folder / FIRST_TOKEN_FILE
+    file = folder / FIRST_ENTRIES_FILE
     if not file.is_file():
         return {}
     try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = f"{MODEL_FILE}.data"
 PREFILL_FILE = "prefill.onnx"
-FIRST_TOKEN_FILE = "first_token.npz"  # noqa: S105 # a token of a text
+FIRST_ENTRIES_FILE = "first_token.npz"
 OUTPUT_FILE = "output.json"
 OUTPUT_PARTS = {"values": "uint8", "scales": "float32"}  # (V, B, 32) and (V, B)
 HIDDEN = "hidden"  # output (1, n, H) of graphs made by `prepare`: what the output layer reads of each of these rows

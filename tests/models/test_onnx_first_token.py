@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from edge_agent.engines.onnx import OnnxDraft
 from edge_agent.engines.onnx_first_token import read_first_tokens
-from edge_agent.engines.onnx_folder import FIRST_TOKEN_FILE, PAST, PREFILL_FILE
+from edge_agent.engines.onnx_folder import FIRST_ENTRIES_FILE, PAST, PREFILL_FILE
 from shared.core.messages import Sampling
 from shared.engine import EngineError
 from tests.models.tiny_onnx import build_tiny
@@ -99,6 +99,6 @@ def test_a_folder_may_know_none_and_says_when_its_file_is_damaged(
     assert set(read_first_tokens(tiny[0])) == {FIRST}
     assert (tiny[0] / PREFILL_FILE).is_file()
     assert read_first_tokens(tmp_path) == {}
-    (tmp_path / FIRST_TOKEN_FILE).write_bytes(b"no archive")
+    (tmp_path / FIRST_ENTRIES_FILE).write_bytes(b"no archive")
     with pytest.raises(EngineError, match=r"first_token.npz: .*; make the folder again"):
         read_first_tokens(tmp_path)
