@@ -376,11 +376,10 @@ class CloudSession:
 
     def outlook(self, now: float, *, may_ask: bool = False) -> Outlook | None:
         """What is known, at an offer, of the drafts to come; None where no step should wait for them."""
-        forecast = self._forecast
-        is_told = forecast.draft_ms > 0.0 and forecast.rtt_ms > 0.0
-        if not is_told or self._held_until == inf or self.opened.want is Want.STREAM:
+        forecast, length, path_len = self._forecast, len(self.log), self._tree.path_len
+        if not (forecast.draft_ms and forecast.rtt_ms) or self._held_until == inf or self.opened.want is Want.STREAM:
             return None
-        length, path_len = len(self.log), self._tree.path_len
+        left_tokens = path_len if self._tree.last_token in self.opened.stop_ids else self._limit - length
         return Outlook(
             acceptance=self._calibration.overall,
             draft_ms=forecast.draft_ms,
@@ -389,6 +388,7 @@ class CloudSession:
             next_ms=forecast.next_ms(length + path_len, now),
             asked_ms=max(forecast.asked_ms(now), 0.0),
             most_drafts=min(self._settings.max_draft_rows, self._limit - 1 - length),
+            left_tokens=left_tokens,
             asked_tokens=forecast.asked_tokens(length, now),
             further_tokens=max(path_len - len(self._offered), 0),
             may_ask=may_ask,

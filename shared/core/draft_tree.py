@@ -126,6 +126,12 @@ class DraftTree:
         """How far the pending drafts go along first children: the edge's own path."""
         return len(self._chain if self._chain is not None else self._first_children())
 
+    @property
+    def last_token(self) -> int | None:
+        """What that path ends with; None: nothing is pending."""
+        path = self._chain if self._chain is not None else self._first_children()
+        return path[-1].token if path else None
+
     def rejected(self, tokens: Sequence[int]) -> Sequence[Node]:
         """The edge's own path from where it differs from tokens that are about to be committed; empty: nowhere."""
         path = self._chain if self._chain is not None else self._first_children()

@@ -80,8 +80,9 @@ class Outlook:
     `unknown_tokens` of the path on its way are committed already: only if they agree is the rest of use. The first
     useful token is expected in `next_ms`. Of those that are not here, the first `asked_tokens` of the path come
     together in `asked_ms`, for a commit has asked for them; with 0, none comes before that. A step has room for
-    `most_drafts`; `further_tokens` of the path are here beyond those on offer. With `may_ask` this is decided at a
-    commit, which can ask for more.
+    `most_drafts`; `further_tokens` of the path are here beyond those on offer. `left_tokens` more end the text: the
+    limit, or a stop token that is drafted; 0: not known. With `may_ask` this is decided at a commit, which can ask for
+    more.
     """
 
     acceptance: float
@@ -93,6 +94,7 @@ class Outlook:
     most_drafts: int
     asked_tokens: int = 0
     further_tokens: int = 0
+    left_tokens: int = 0
     may_ask: bool = True
 
 

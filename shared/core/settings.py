@@ -46,6 +46,10 @@ class Request:
             return Finish.STOP
         return Finish.LENGTH if len(log) >= self.limit else Finish.NONE
 
+    def is_drafted(self, log: TokenLog) -> bool:
+        """Whether a verifier could end the text with these drafts: the last token is its own."""
+        return len(log) + 1 >= self.limit or self.ending(log) is not Finish.NONE
+
     def open(self, log: TokenLog, known_len: int, opened_len: int) -> Open:
         """The Open that hands the first `opened_len` tokens over, `known_len` of them by hash."""
         return Open(

@@ -35,11 +35,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rule:
-    """How the verifier decides: at most `most_drafts` a step; wait for `wanted` of them, if within `hold_ms`."""
+    """How the verifier decides: at most `most_drafts` a step; wait for `wanted` of them, if within `hold_ms`.
+
+    With `waits_for_last` for all drafts that the text lacks, also if they come later, but before a step would end.
+    """
 
     most_drafts: int
     wanted: int
     hold_ms: float
+    waits_for_last: bool = False
 
 
 TAKE_ALL = Rule(most_drafts=16, wanted=0, hold_ms=0.0)
@@ -59,12 +63,15 @@ def tpot_ms(answer: Measured, rule: Rule) -> float:
     shown_at = [answer.down_ms]
     edge.told(answer.down_ms, 1)
     while committed < total:
-        count = edge.arrived(committed, now)
-        if count < rule.wanted:
-            then = edge.arrives(committed, rule.wanted, now + rule.hold_ms)
+        count, last = edge.arrived(committed, now), total - committed - 1
+        wanted, hold_ms = min(rule.wanted, last), rule.hold_ms
+        if rule.waits_for_last and last <= rule.most_drafts:
+            wanted, hold_ms = last, max(hold_ms, answer.cost_ms(1 + min(count, last)))
+        if count < wanted:
+            then = edge.arrives(committed, wanted, now + hold_ms)
             if then is not None:
-                now, count = then, rule.wanted
-        rows = min(count, rule.most_drafts, total - committed - 1)
+                now, count = then, wanted
+        rows = min(count, rule.most_drafts, last)
         now += answer.cost_ms(1 + rows)
         committed += 1 + edge.right_run(committed, rows)
         edge.told(now + answer.down_ms, committed)
@@ -90,6 +97,7 @@ def _rules(step_ms: float) -> Iterator[Rule]:
     for most, wanted, hold in product((2, 4, 8, 16, 32), (0, 1, 2, 3, 4, 6, 8, 12, 16), (0.1, 0.25, 0.5, 1.0, 2.0)):
         if wanted <= most and (wanted or hold == 0.1):
             yield Rule(most, wanted, hold * step_ms)
+            yield Rule(most, wanted, hold * step_ms, waits_for_last=True)
 
 
 @dataclass

@@ -30,6 +30,11 @@ was asked for stays asked for, whatever is chosen later.
 Where more drafts are here than a step takes and those on offer are nearly sure, there is nothing to wait or to ask for,
 and the path goes on whatever is chosen: the step of the most tokens per ms is taken (`fastest`).
 
+The end has no path behind it. Where a step may reach it (`left_tokens`), a plan that leaves l tokens is worth what they
+are if they commit as they are drafted, as long as they are right, and one more step verifies the last of them
+(`_ending`). So the last drafts are waited for, unless they take longer than a step without them. The edge, which knows
+the end as well, sends them as soon as it has them.
+
 A decode step without drafts may carry recycled rows (`rejected_path`, `prompt_lookup`), as many as are worth their time
 at the rate g; before anything is known of the edge, as many as give the most tokens per ms of the step alone.
 
@@ -100,7 +105,8 @@ class _Path:
     """The path's first j tokens, j = 0, 1, ...: whether all are right, and when they are here, in ms from now.
 
     `pending` ones are. The others could be in `drafted_ms`, are in `asked_ms` for whoever waits for them, and else come
-    in `unasked_ms`. What a commit asks for takes `rtt_ms` at least.
+    in `unasked_ms`. What a commit asks for takes `rtt_ms` at least. With `left` further tokens the text ends, if that
+    is in reach of a step; else 0.
     """
 
     reach: _Floats
@@ -110,6 +116,7 @@ class _Path:
     unasked_ms: _Floats
     rtt_ms: float
     may_ask: bool = True
+    left: int = 0
 
 
 class StepRule:
@@ -152,7 +159,10 @@ class StepRule:
             self._gather(unasked_ms, pending)
         if not outlook.may_ask:
             asked_ms = unasked_ms
-        path = _Path(reach, pending, drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask)
+        left = outlook.left_tokens if may_decode and outlook.left_tokens <= len(self._drafts) else 0
+        for here_in in (asked_ms, unasked_ms) if left else ():  # the last ones are sent as soon as they are drafted
+            here_in[:left] = np.minimum(here_in[:left], drafted_ms[left - 1])
+        path = _Path(reach, pending, drafted_ms, asked_ms, unasked_ms, outlook.rtt_ms, outlook.may_ask, left)
         values, asks = self._values(path, reachable)
         values -= _DOUBT * (asked_ms.take(self._needed) > self._decoding)
         values[:, outlook.most_drafts + 1 :] = -np.inf
@@ -311,8 +321,23 @@ class StepRule:
             is_asked = ~waits & (asked > best + _LEAST_GAIN)
             best = np.where(is_asked, asked, best)
             asks = np.where(is_asked, np.where(onward[2] > onward[1], here[2], here[1]) - 1, asks)
+        if path.left:
+            best, asks = self._ending(path, reachable, gained, took_ms), np.minimum(asks, path.left - 1)
         values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * best
+        if path.left:
+            values[self._bonus > path.left] = -np.inf
         return values, asks
+
+    def _ending(self, path: _Path, reachable: _Reachable, gained: _Floats, took_ms: _Floats) -> _Floats:
+        """What a path is worth behind each plan (s, n) with the tokens that the text still lacks then.
+
+        They commit as they are drafted, as long as they are right, and one more step verifies the last of them.
+        """
+        left, last = np.maximum(path.left - self._bonus, 0), path.left - 1
+        tokens = 1.0 + (gained[last] - gained.take(self._bonus)) / path.reach.take(self._bonus)
+        pause_ms = np.maximum(path.asked_ms[last] - took_ms, 0.0) / np.maximum(left, 1)
+        values: _Floats = tokens * (1.0 - reachable.rate * pause_ms) - reachable.rate * self._cost.take(left)
+        return np.where(left > 0, values, 0.0)
 
     def _behind(
         self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]

@@ -272,6 +272,18 @@ def test_drafts_gather_until_they_are_due() -> None:
     assert sent(session.tick(0.15)) == [DraftMessage(2, session.path.log.hash_at(2), (5,), b"\xff")]
 
 
+@pytest.mark.parametrize(("first", "last"), [((5, 6), 7), ((5,), 0)], ids=["limit", "stop token"])
+def test_nothing_else_is_waited_for_once_all_that_ends_the_text_is_drafted(first: tuple[int, ...], last: int) -> None:
+    """The fourth token is the verifier's own; a stop token is not."""
+    session = EdgeSession(replace(REQUEST, max_new_tokens=4), SETTINGS, Ahead(3, wait_ms=100.0))
+    session.start(0.0)
+    session.connected(1, 0.0)
+    assert sent(session.drafted(first, (1.0,) * len(first), 0.05)) == []
+    (message,) = sent(session.drafted((last,), (1.0,), 0.06))
+    assert isinstance(message, DraftMessage)
+    assert message.tokens == (*first, last)
+
+
 def test_nothing_is_sent_while_no_stream_is_up() -> None:
     session = local()
     assert sent(session.drafted((8,), (1.0,), 1.1)) == []

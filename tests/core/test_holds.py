@@ -13,7 +13,7 @@ from shared.core.policies import Allotment, Offer, Outlook, StepPolicy
 from shared.core.session_table import SessionTable
 from shared.core.settings import SelfDecode
 from tests.core import table as tables
-from tests.core.cloud import OPEN, SETTINGS, draft_on, offered, planned, session_of, step
+from tests.core.cloud import OPEN, SETTINGS, STOP, draft_on, offered, planned, session_of, step
 
 TOLD = {"draft_ms": 5.0, "rtt_ms": 40.0}
 
@@ -36,7 +36,7 @@ def outlook(session: CloudSession, now: float = 0.0) -> Outlook:
 
 def test_outlook_is_what_the_edge_told_and_what_was_seen() -> None:
     session = told(session_of())
-    assert outlook(session) == Outlook(0.8, 5.0, 40.0, 0, 5.0, 0.0, 4, may_ask=False)
+    assert outlook(session) == Outlook(0.8, 5.0, 40.0, 0, 5.0, 0.0, 4, left_tokens=10, may_ask=False)
     session.drafted(draft_on(session, 5, 6), now=0.1)
     assert outlook(session, now=0.1).next_ms == pytest.approx(5.0)
     planned(session, now=0.1)
@@ -90,6 +90,17 @@ def test_nothing_is_expected_of_an_edge_that_does_not_draft() -> None:
 
 def test_no_more_drafts_are_expected_than_the_text_has_room_for() -> None:
     assert outlook(told(session_of(replace(OPEN, max_new_tokens=3)))).most_drafts == 2
+
+
+def test_the_text_ends_at_its_limit_or_behind_a_drafted_stop_token() -> None:
+    session = told(session_of())
+    session.drafted(draft_on(session, 5, 6), now=0.1)
+    assert outlook(session, now=0.1).left_tokens == 10
+    session.drafted(draft_on(session, STOP, after=(5, 6)), now=0.1)
+    assert outlook(session, now=0.1).left_tokens == 3
+    planned(session, now=0.1)
+    step(session, 5, 6, 7, now=0.2)  # it does not stop there
+    assert outlook(session, now=0.2).left_tokens == 7
 
 
 def test_hold_keeps_its_end_and_then_is_over_until_there_is_news() -> None:

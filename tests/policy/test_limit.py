@@ -70,6 +70,14 @@ def test_holding_pays_where_the_draft_is_fast_and_the_link_short() -> None:
     assert best_tpot_ms(tried) < sum(tpot_ms(one, TAKE_ALL) for one in tried) / len(tried)
 
 
+def test_waiting_for_the_last_drafts_saves_the_pause_behind_the_step_before() -> None:
+    """The last one is here 10 ms into a step of 30 that would leave it behind."""
+    ending = Measured([True] * 9, 10.0, lambda _: 30.0, 0.0, 0.0)
+    waiting = Rule(16, 0, 0.0, waits_for_last=True)
+    assert 8 * (tpot_ms(ending, TAKE_ALL) - tpot_ms(ending, waiting)) == pytest.approx(20.0)
+    assert best_tpot_ms([ending]) == tpot_ms(ending, waiting)
+
+
 def test_a_draft_slower_than_the_target_never_catches_up() -> None:
     tried = answers(1.0, 20.0, 50.0, draft_ms=40.0)
     assert tpot_ms(tried[0], TAKE_ALL) == pytest.approx(20.0, rel=0.1)

@@ -132,6 +132,28 @@ def test_what_was_asked_for_stays_asked_for() -> None:
     assert FLAT.choose([], replace(broken, asked_tokens=3, asked_ms=70.5)).asked >= 3
 
 
+def test_the_last_drafts_are_waited_for_if_they_come_before_a_step_would_end() -> None:
+    """Each takes 5 ms, a step 30: with what is here there would be another step, and another pause behind it."""
+    flowing = replace(AFTER_BREAK, acceptance=0.97, draft_ms=5.0, rtt_ms=50.0, next_ms=5.0, asked_ms=28.0)
+    ending = replace(flowing, most_drafts=6, left_tokens=7, may_ask=False)
+    assert FLAT.choose(sure(0.97, 4), flowing).drafts == 4
+    assert FLAT.choose(sure(0.97, 4), ending) == Choice(6, 10.0)
+    assert FLAT.choose(sure(0.97, 4), replace(ending, next_ms=45.0)) == Choice(4, 0.0)  # later than a step ends
+    assert FLAT.choose(sure(0.5, 4), replace(ending, acceptance=0.5)) == Choice(4, 0.0)  # hardly ever all right
+
+
+def test_all_that_ends_the_text_is_verified_at_once() -> None:
+    stopped = replace(AFTER_BREAK, acceptance=0.97, next_ms=1.0, left_tokens=8)
+    assert FLAT.choose(sure(0.97, 8), stopped) == Choice(7, 0.0)  # the stop token is the step's own
+
+
+@pytest.mark.parametrize("left", range(1, DRAFTS + 3))
+def test_nothing_is_asked_for_behind_the_end(left: int) -> None:
+    ending = replace(after_break(0.97, 1.0, 20.0), most_drafts=min(left - 1, DRAFTS), left_tokens=left)
+    assert FLAT.choose([], ending).asked < left
+    assert FLAT.choose(sure(0.97, left - 1), replace(ending, asked_ms=5.0, next_ms=5.0)).asked < left
+
+
 def test_nothing_is_asked_for_where_drafts_flow() -> None:
     assert FLAT.choose(sure(0.9, 16), replace(AFTER_BREAK, acceptance=0.9, next_ms=1.0, asked_ms=40.0)).asked == 0
 
