@@ -1,8 +1,8 @@
 """What draft engines that keep a cache have in common: a token list, and how much of it the cache holds.
 
-The cache is always a proper prefix of the list: the last token is never in it, so there is always one to evaluate and
-it yields the logits of what follows. (The last proposed token is in the list but not in the cache; a rollback to length
-n leaves at most n - 1.) What was appended meanwhile is evaluated in one go at the next `propose`.
+The cache is a prefix of the list. The last proposed token is in the list but not in the cache, and what was appended
+since is evaluated with it, in one go, at the next `propose`. Where nothing is left to evaluate, behind a rollback with
+nothing appended, the last token is evaluated again: it yields the logits of what follows.
 
 With a window the cache holds at most so many tokens, however long the text: the first `SINK_TOKENS` and the latest
 ones. What attention has no use for it puts on a text's first tokens, whatever they are, so a draft without them breaks
@@ -137,15 +137,14 @@ class CachedDraft(ABC):
             self._tokens.append(drafted[-1].token)
             if drafted[-1].token != guessed:
                 break
-        self.rollback(len(self._tokens))  # in the cache, too
+        self._must_cut(len(self._tokens) - 1)  # instead of its own token the cache may hold the guess
         return _proposal(drafted)
 
     def rollback(self, length: int) -> None:
         """Forget every token from position `length` on. Raises `EngineError` if the cache cannot."""
         if not 0 <= length <= len(self._tokens):
             raise LocalProtocolError(f"cannot roll back to {length} tokens, there are {len(self._tokens)}")
-        if not self._cut(length - 1):
-            raise EngineError(f"model {self._name} cannot roll back (recurrent state); use another draft model")
+        self._must_cut(length)
         del self._tokens[length:]
 
     @abstractmethod
@@ -180,7 +179,7 @@ class CachedDraft(ABC):
 
     def _logits(self, num_logits: int) -> NDArray[np.float32]:
         """Evaluate the tokens that the cache lacks; the logits (num_logits, V) after the last of them."""
-        assert self._cached <= len(self._tokens) - num_logits, f"nothing left to evaluate in {self!r}"
+        self._must_cut(len(self._tokens) - num_logits)
         self._slide()
         unread = self._tokens[self._cached : len(self._tokens) - num_logits]
         self._cached += self._read_ahead(unread, self._cached - self.dropped_tokens)
@@ -221,6 +220,10 @@ class CachedDraft(ABC):
         )
         (token, confidence), *siblings = zip(ids.tolist(), confidences(known, ids), strict=True)
         return _Drafted(token, confidence, tuple(siblings))
+
+    def _must_cut(self, length: int) -> None:
+        if not self._cut(length):
+            raise EngineError(f"model {self._name} cannot roll back (recurrent state); use another draft model")
 
     def _cut(self, length: int) -> bool:
         """Keep at most `length` tokens in the cache; False, and nothing changed, if the model cannot."""

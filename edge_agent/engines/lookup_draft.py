@@ -174,7 +174,7 @@ class LookupDraft:
         if self._lookup is not None:
             guesses.append(_Guess(ngram.SOURCE, *self._lookup.guess(MOST_GUESSED), self._copy_chances))
         cached = self._model.num_cached
-        due = len(self._tokens) - cached
+        due = max(1, len(self._tokens) - cached)
         row_ms = self._costs.with_guesses(due, cached)
         (length, _), best = max(((guess.best(row_ms), guess) for guess in guesses), key=lambda pair: pair[0][1])
         began_s = self._clock_s()

@@ -26,7 +26,7 @@ Ids = NDArray[np.int64]
 Scores = NDArray[np.float64]
 
 _BLOCK = 64  # values a block when top-k looks for a floor
-_SHORTLIST = 32
+_SHORTLIST = 16  # the best id by 8 bits was among the first 11 by 4, in 2,391 tokens; the fourth, 4 in 1,000 times not
 _LEAST_LOG_RATIO = math.log(1e-6)
 _LEAST_LOGIT = float(np.finfo(np.float32).min)
 
@@ -104,7 +104,8 @@ def confidences(logits: Logits, tokens: Sequence[int] | Ids) -> list[float]:
     Raises as `select`.
     """
     peak = _peak(logits)
-    left = float(np.exp(logits - peak).sum(dtype=np.float64))
+    weights = logits - peak
+    left = float(np.exp(weights, out=weights).sum(dtype=np.float64))
     given = []
     for weight in np.exp(np.asarray(logits[tokens], dtype=np.float64) - peak):
         given.append(float(weight) / left if left > weight else 1.0)

@@ -81,6 +81,15 @@ class TestDraft:
         proposed = engine.propose(4).tokens
         assert proposed == fresh(engine, [*prompt, *drafted[:kept], 60], sampling, len(prompt), 4)
 
+    @pytest.mark.parametrize("kept", range(4))
+    def test_what_stands_behind_a_rollback_is_not_evaluated_again(self, engine: OnnxDraft, kept: int) -> None:
+        engine.reset(TEXT[:7], GREEDY, 7)
+        drafted = engine.propose(4).tokens
+        engine.rollback(7 + kept)
+        assert engine.num_cached == 7 + kept
+        assert engine.propose(4 - kept).tokens == drafted[kept:]
+        assert engine.num_cached == 7 + 3
+
     @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
     @pytest.mark.parametrize("right", range(5))
     def test_a_checked_guess_gives_what_it_would_have_drafted_alone(
