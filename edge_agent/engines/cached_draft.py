@@ -72,7 +72,10 @@ class CachedDraft(ABC):
 
     @property
     def num_cached(self) -> int:
-        """Tokens of the list that the cache holds, dropped ones included; the next forward evaluates the others."""
+        """Tokens of the list that the cache holds, dropped ones included; the next forward evaluates the others.
+
+        Where there is no other it evaluates the last one again.
+        """
         return self._cached
 
     @property

@@ -158,8 +158,8 @@ class OnnxDraft(CachedDraft):
     def _read_ahead(self, tokens: Sequence[int], start: int) -> int:
         if self._prefill is None or len(tokens) < _FEWEST_READ:
             return 0
-        if not start and self._put_first(tokens[0]):
-            read = 1
+        if self._tokens[0] in self._first_tokens:
+            read = 0 if start else int(self._put_first(tokens[0]))
         else:
             read = max(0, SINK_TOKENS - start)  # what others attend to is read exactly
             if read:

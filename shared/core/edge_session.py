@@ -280,8 +280,8 @@ class EdgeSession:
             n = 1 if self._shows_local else min(self._policy.draft_tokens(seen), self._request.limit - len(path))
             drafts = [path.draft(n, now)] if n and self._request.ending(path.log) is Finish.NONE else []
         if seen.unsent_tokens:
-            is_whole = len(path) <= held_len and self._request.is_drafted(path.log)
-            wait_ms = 0.0 if is_whole else self._policy.send_in_ms(seen, path.in_flight is not None)
+            seen.is_whole = len(path) <= held_len and self._request.is_drafted(path.log)
+            wait_ms = self._policy.send_in_ms(seen, path.in_flight is not None)
             if wait_ms < _CLOCK_GRAIN_MS:
                 draft = path.send(settled_len, held_len, self._policy.sibling_price(seen), now)
                 return [Send(self._dialler.stream, draft), *drafts]

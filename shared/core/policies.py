@@ -21,9 +21,10 @@ class DraftObservation:
     off. Commits come every `interval_ms`; 0: not known yet.
 
     The own path goes on behind `settled_tokens` by `ahead_tokens`; `unsent_tokens` of it are not sent, and for
-    `awaited_tokens` of those the verifier holds its next step. It takes `max_ahead` of them in. `is_fresh`: nothing was
-    sent since the path was last cut. `since_sent_ms` is the time since the last message with drafts, `since_burst_ms`
-    since the one `BURST_MESSAGES` - 1 before it; commits have paid for `credit` further ones.
+    `awaited_tokens` of those the verifier holds its next step. It takes `max_ahead` of them in. `is_fresh`: nothing
+    was sent since the path was last cut; `is_whole`: it ends the text, and the verifier would hold all of it.
+    `since_sent_ms` is the time since the last message with drafts, `since_burst_ms` since the one `BURST_MESSAGES`
+    - 1 before it; commits have paid for `credit` further ones.
     """
 
     acceptance: float
@@ -45,6 +46,7 @@ class DraftObservation:
     since_sent_ms: float
     since_burst_ms: float
     credit: float
+    is_whole: bool = False
 
 
 class DraftPolicy(Protocol):

@@ -104,8 +104,7 @@ def confidences(logits: Logits, tokens: Sequence[int] | Ids) -> list[float]:
     Raises as `select`.
     """
     peak = _peak(logits)
-    weights = logits - peak
-    left = float(np.exp(weights, out=weights).sum(dtype=np.float64))
+    left = float(np.exp(logits - peak).sum(dtype=np.float64))
     given = []
     for weight in np.exp(np.asarray(logits[tokens], dtype=np.float64) - peak):
         given.append(float(weight) / left if left > weight else 1.0)

@@ -13,7 +13,7 @@ A message goes when it decides something. If the verifier holds its step, as soo
 here: how many the verifier chose for the most committed tokens per ms of drafting, link and forward (FlexSpec's K* is
 that choice for one round of stop-and-wait; a longer delay makes it larger). Or sooner, if the path has become so
 unlikely that drafting stopped (with both, PipeSD's dual trigger). If the verifier goes on by itself, just before its
-next step begins, with all that is drafted by then.
+next step begins, with all that is drafted by then. And at once if the text ends with it: nothing will be added.
 """
 
 import math
@@ -76,8 +76,10 @@ class RunAhead:
         Every message costs its prefix hash, HTTP/2 framing and a wake-up at both ends, so a step
         has hardly more than one.
         """
-        is_urgent = seen.is_fresh or seen.awaited_tokens > 0
+        is_urgent = seen.is_fresh or seen.is_whole or seen.awaited_tokens > 0
         pause_ms = self._pause_ms(seen, is_urgent)
+        if seen.is_whole:
+            return pause_ms
         if not is_urgent:
             if is_drafting and not seen.interval_ms and seen.unsent_tokens < _OPENING_SHARE * seen.ahead_tokens:
                 return math.inf

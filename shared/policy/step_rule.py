@@ -159,6 +159,7 @@ class StepRule:
             self._gather(unasked_ms, pending)
         if not outlook.may_ask:
             asked_ms = unasked_ms
+        # Who may not decode may have to verify the token that ends the text.
         left = outlook.left_tokens if may_decode and outlook.left_tokens <= len(self._drafts) else 0
         for here_in in (asked_ms, unasked_ms) if left else ():  # the last ones are sent as soon as they are drafted
             here_in[:left] = np.minimum(here_in[:left], drafted_ms[left - 1])
@@ -321,23 +322,23 @@ class StepRule:
             is_asked = ~waits & (asked > best + _LEAST_GAIN)
             best = np.where(is_asked, asked, best)
             asks = np.where(is_asked, np.where(onward[2] > onward[1], here[2], here[1]) - 1, asks)
+        behind: _Floats = path.reach.take(self._bonus) * best
         if path.left:
-            best, asks = self._ending(path, reachable, gained, took_ms), np.minimum(asks, path.left - 1)
-        values: _Floats = tokens - reachable.rate * took_ms + path.reach.take(self._bonus) * best
-        if path.left:
-            values[self._bonus > path.left] = -np.inf
-        return values, asks
+            behind, asks = self._ending(path, reachable, gained, took_ms), np.minimum(asks, path.left - 1)
+        return tokens - reachable.rate * took_ms + behind, asks
 
     def _ending(self, path: _Path, reachable: _Reachable, gained: _Floats, took_ms: _Floats) -> _Floats:
-        """What a path is worth behind each plan (s, n) with the tokens that the text still lacks then.
+        """What the tokens are worth that the text still lacks behind each plan (s, n), if its path stands.
 
-        They commit as they are drafted, as long as they are right, and one more step verifies the last of them.
+        They commit as they are drafted, as long as they are right, and one more step verifies the last of them. No plan
+        goes beyond the end.
         """
-        left, last = np.maximum(path.left - self._bonus, 0), path.left - 1
-        tokens = 1.0 + (gained[last] - gained.take(self._bonus)) / path.reach.take(self._bonus)
+        left, last, stands = path.left - self._bonus, path.left - 1, path.reach.take(self._bonus)
+        tokens = stands + gained[last] - gained.take(self._bonus)
         pause_ms = np.maximum(path.asked_ms[last] - took_ms, 0.0) / np.maximum(left, 1)
-        values: _Floats = tokens * (1.0 - reachable.rate * pause_ms) - reachable.rate * self._cost.take(left)
-        return np.where(left > 0, values, 0.0)
+        step_ms = self._cost.take(np.maximum(left, 0))
+        values: _Floats = tokens * (1.0 - reachable.rate * pause_ms) - stands * reachable.rate * step_ms
+        return np.where(left > 0, values, np.where(left < 0, -np.inf, 0.0))
 
     def _behind(
         self, path: _Path, reachable: _Reachable, took_ms: _Floats, waits: NDArray[np.bool_]

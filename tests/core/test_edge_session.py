@@ -23,6 +23,7 @@ from shared.core.messages import (
     Want,
 )
 from shared.core.messages import Draft as DraftMessage
+from shared.core.policies import DraftObservation
 from shared.core.settings import OnDisconnect
 from shared.testing.engines import TOY_VOCABULARY
 from tests.core.edge import LOCAL, REQUEST, REVISE, SETTINGS, Ahead, linked, local, of_type, redialled, sent, session_of
@@ -273,9 +274,14 @@ def test_drafts_gather_until_they_are_due() -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [((5, 6), 7), ((5,), 0)], ids=["limit", "stop token"])
-def test_nothing_else_is_waited_for_once_all_that_ends_the_text_is_drafted(first: tuple[int, ...], last: int) -> None:
+def test_policy_is_told_once_all_that_ends_the_text_is_drafted(first: tuple[int, ...], last: int) -> None:
     """The fourth token is the verifier's own; a stop token is not."""
-    session = EdgeSession(replace(REQUEST, max_new_tokens=4), SETTINGS, Ahead(3, wait_ms=100.0))
+
+    class OnceWhole(Ahead):
+        def send_in_ms(self, seen: DraftObservation, is_drafting: bool) -> float:
+            return 0.0 if seen.is_whole else 100.0
+
+    session = EdgeSession(replace(REQUEST, max_new_tokens=4), SETTINGS, OnceWhole(3))
     session.start(0.0)
     session.connected(1, 0.0)
     assert sent(session.drafted(first, (1.0,) * len(first), 0.05)) == []

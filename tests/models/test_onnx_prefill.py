@@ -234,7 +234,7 @@ class TestDraft:
         length = self.read(draft)
         proposed = draft.propose(2).tokens
         draft.rollback(length)
-        draft.extend([5] * 20)
+        draft.extend([5] * 21)  # the last one is evaluated by itself
         sound = draft._prefill
         assert sound is not None
         draft._prefill = Broken(), sound[1]

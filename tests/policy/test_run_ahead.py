@@ -31,6 +31,14 @@ SEEN = DraftObservation(
 )
 
 
+def test_what_ends_the_text_goes_at_once_but_keeps_to_the_budget() -> None:
+    whole = replace(SEEN, ahead_tokens=5, unsent_tokens=2, spare_tokens=16, credit=1.0, is_whole=True)
+    assert RunAhead().send_in_ms(whole, is_drafting=True) == 0.0
+    assert RunAhead().send_in_ms(replace(whole, is_whole=False), is_drafting=True) > 0.0
+    recent = replace(whole, since_sent_ms=100.0, since_burst_ms=500.0)
+    assert RunAhead(message_interval_ms=200.0).send_in_ms(recent, is_drafting=True) == pytest.approx(700.0)
+
+
 @pytest.mark.parametrize(("draft_ms", "tokens"), [(0.0, 1), (8.0, 1), (2.0, 2), (0.1, 8)])
 def test_fast_drafts_come_in_chunks_that_no_commit_waits_long_for(draft_ms: float, tokens: int) -> None:
     assert RunAhead().draft_tokens(replace(SEEN, draft_ms=draft_ms)) == tokens

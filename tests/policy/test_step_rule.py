@@ -142,6 +142,11 @@ def test_the_last_drafts_are_waited_for_if_they_come_before_a_step_would_end() -
     assert FLAT.choose(sure(0.5, 4), replace(ending, acceptance=0.5)) == Choice(4, 0.0)  # hardly ever all right
 
 
+def test_drafts_that_cannot_be_right_change_nothing_at_the_end() -> None:
+    ending = replace(AFTER_BREAK, acceptance=0.0, next_ms=1.0, most_drafts=3, left_tokens=4)
+    assert FLAT.choose([0.0, 0.0], ending) == Choice(0, 0.0)
+
+
 def test_all_that_ends_the_text_is_verified_at_once() -> None:
     stopped = replace(AFTER_BREAK, acceptance=0.97, next_ms=1.0, left_tokens=8)
     assert FLAT.choose(sure(0.97, 8), stopped) == Choice(7, 0.0)  # the stop token is the step's own
