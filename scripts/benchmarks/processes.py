@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -57,9 +58,14 @@ class Child:
         except asyncio.TimeoutError:
             raise BenchError(f"the {self._name} process does not answer") from None
         if not line:
-            raise BenchError(f"the {self._name} process has ended; it said why above")
+            raise BenchError(f"the {self._name} process {_ended(await self._process.wait())}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _ended(code: int) -> str:
+    """How a process ended, by its exit code: what a signal ends says nothing itself."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else "has ended; it said why above"
 
 
 @contextlib.asynccontextmanager

@@ -24,6 +24,9 @@ from shared.vocabulary import Vocabulary, token_bytes
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
 _GUESSED = 1024  # LLAMA_FTYPE_GUESSED: the file does not say, its tensors do
+# Of a build for processors with AMX, whose kernels can end the process: gcc removes the tile configuration that they
+# load (llama.cpp, pull request 26954). They are reached by repacked weights alone.
+_AMX = b"AMX_INT8 = 1"
 _DECODE_ERRORS = {1: "the cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 _error_lines: list[str] = []
@@ -133,6 +136,7 @@ class LlamaModel:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only
+        params.use_extra_bufts = _AMX not in self._lib.llama_print_system_info()
         _error_lines.clear()
         self.handle = self._lib.llama_model_load_from_file(bytes(path), params)
         if not self.handle:
