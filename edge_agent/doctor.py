@@ -106,15 +106,28 @@ async def examine(config: EdgeConfig, texts: Sequence[str], max_new_tokens: int 
     checks = [Check("configuration", True, f"draft {config.draft.model}, verifier {config.verifier.address}")]
     loaded = _load(config, checks)
     description, link = await _reach(config, checks)
+    if loaded is None:
+        return Diagnosis(tuple(checks), link)
     try:
-        if loaded is None:
-            return Diagnosis(tuple(checks), link)
         if description is not None and not _same_vocabulary(loaded, description, checks):
             description = None
-        return await _try(config, loaded, description, link, tuple(texts or TEXTS.values()), max_new_tokens, checks)
+        ways = {} if description is None else {"speculative": max_new_tokens, "cloud_only": _COMPARED_TOKENS}
+        ways |= {"local": _COMPARED_TOKENS} if config.draft.can_write else {}
+        tried = await _try(config, loaded, ways, tuple(texts or TEXTS.values()), checks)
     finally:
-        if loaded is not None:
-            loaded.engine.close()
+        loaded.engine.close()
+    if not tried:
+        return Diagnosis(tuple(checks), link)
+    draft_ms = median(one.draft_ms for one in tried)
+    checks.append(Check("draft speed", True, f"{draft_ms:.1f} ms a token"))
+    if description is None or link is None:
+        return Diagnosis(tuple(checks), link, draft_ms, (), Expected(_local(tried)))
+    expected, step_ms = expect(tried, description.step_ms, link.rtt_ms)
+    costs = "/".join(f"{step_ms[min(rows, len(step_ms)) - 1]:.0f}" for rows in (1, 8, 16))
+    checks.append(Check("target speed", True, f"a step of 1/8/16 rows takes {costs} ms"))
+    checks.append(Check("acceptance", True, f"the draft is right for {expected.acceptance_rate:.0%} of the tokens"))
+    advice = advise(config, link, draft_ms, step_ms[0], _gain(expected), os.cpu_count() or 1)
+    return Diagnosis(tuple(checks), link, draft_ms, step_ms, expected, advice)
 
 
 def _load(config: EdgeConfig, checks: list[Check]) -> LoadedDraft | None:
@@ -170,19 +183,12 @@ def _same_vocabulary(loaded: LoadedDraft, description: Description, checks: list
 
 
 async def _try(
-    config: EdgeConfig,
-    loaded: LoadedDraft,
-    description: Description | None,
-    link: LinkMeasured | None,
-    texts: Sequence[str],
-    max_new_tokens: int,
-    checks: list[Check],
-) -> Diagnosis:
-    ways = {} if description is None else {"speculative": max_new_tokens, "cloud_only": _COMPARED_TOKENS}
-    ways |= {"local": _COMPARED_TOKENS} if config.draft.can_write else {}
+    config: EdgeConfig, loaded: LoadedDraft, ways: Mapping[str, int], texts: Sequence[str], checks: list[Check]
+) -> list[Tried]:
+    """These texts answered in each way, of so many tokens; none, and a check that says why, where that fails."""
     if not ways:
         checks.append(Check("answers", True, "none tried: without a verifier n-grams have nothing to add to"))
-        return Diagnosis(tuple(checks), link)
+        return []
     agents = {way: make_agent(config, loaded, offline=way == "local") for way in ways}
     try:
         warm_up = make_request(config, loaded, _WARM_UP_TEXT)
@@ -195,7 +201,7 @@ async def _try(
             tried.append(await _answer_every_way(agents, loaded.engine, request, ways))
     except EngineError as error:
         checks.append(Check("answers", False, str(error), "give a shorter --prompt, or look at the verifier's log"))
-        return Diagnosis(tuple(checks), link)
+        return []
     finally:
         for agent in agents.values():
             await agent.close(keep_engine=True)
@@ -203,18 +209,7 @@ async def _try(
     if not long_enough:
         found = f"every answer was shorter than {FEWEST_TOKENS} tokens"
         checks.append(Check("answers", False, found, "give a --prompt with a longer answer"))
-        return Diagnosis(tuple(checks), link)
-    draft_ms = median(one.draft_ms for one in long_enough)
-    checks.append(Check("draft speed", True, f"{draft_ms:.1f} ms a token"))
-    if description is None or link is None:
-        expected = Expected(_local(long_enough))
-        return Diagnosis(tuple(checks), link, draft_ms, (), expected)
-    expected, step_ms = expect(long_enough, description.step_ms, link.rtt_ms)
-    costs = "/".join(f"{step_ms[min(rows, len(step_ms)) - 1]:.0f}" for rows in (1, 8, 16))
-    checks.append(Check("target speed", True, f"a step of 1/8/16 rows takes {costs} ms"))
-    checks.append(Check("acceptance", True, f"the draft is right for {expected.acceptance_rate:.0%} of the tokens"))
-    advice = advise(config, link, draft_ms, step_ms[0], _gain(expected), os.cpu_count() or 1)
-    return Diagnosis(tuple(checks), link, draft_ms, step_ms, expected, advice)
+    return long_enough
 
 
 async def _answer_every_way(
