@@ -18,6 +18,7 @@ from shared.engine import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]  # this checkout
 LONGEST_ANSWER_S = 600.0  # a target that is loaded, converted and measured first
+_LONGEST_END_S = 10.0  # from the last line, or the end of its input, to the end of a process
 Say = Callable[[Mapping[str, object]], None]
 _LINE_BYTES = 1 << 24  # the longest line: a timeline of a long answer
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # before anything is pinned
@@ -55,10 +56,11 @@ class Child:
         assert self._process.stdout is not None
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), LONGEST_ANSWER_S)
+            code = None if line else await asyncio.wait_for(self._process.wait(), _LONGEST_END_S)
         except asyncio.TimeoutError:
             raise BenchError(f"the {self._name} process does not answer") from None
-        if not line:
-            raise BenchError(f"the {self._name} process {_ended(await self._process.wait())}")
+        if code is not None:
+            raise BenchError(f"the {self._name} process {_ended(code)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -102,7 +104,7 @@ async def _child(name: str, core: Literal[0, -1], root: Path, settings: Mapping[
             assert process.stdin is not None
             process.stdin.close()
             try:
-                await asyncio.wait_for(process.wait(), 10)
+                await asyncio.wait_for(process.wait(), _LONGEST_END_S)
             except asyncio.TimeoutError:
                 process.kill()
                 await process.wait()

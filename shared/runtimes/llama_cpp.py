@@ -24,8 +24,8 @@ from shared.vocabulary import Vocabulary, token_bytes
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
 _GUESSED = 1024  # LLAMA_FTYPE_GUESSED: the file does not say, its tensors do
-# Of a build for processors with AMX, whose kernels can end the process: gcc removes the tile configuration that they
-# load (llama.cpp, pull request 26954). They are reached by repacked weights alone.
+# Of a build for processors with AMX. Its kernels can end the process, as a compiler may remove the tile configuration
+# that they load (llama.cpp, pull request 26954; gcc 12 did). Only repacked weights come to them.
 _AMX = b"AMX_INT8 = 1"
 _DECODE_ERRORS = {1: "the cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
