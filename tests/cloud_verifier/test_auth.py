@@ -44,10 +44,31 @@ def serve_and(test: Callable[[str], Awaitable[None]], **overrides: Any) -> None:
     asyncio.run(main())
 
 
+def speculate(channel: aio.Channel, token: str | None) -> Any:
+    return VerifierStub(channel).Speculate(metadata=bearer(token))  # type: ignore[no-untyped-call]  # generated
+
+
+def reflect(channel: aio.Channel, token: str | None) -> Any:
+    return reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(metadata=bearer(token))
+
+
 async def first_answer(channel: aio.Channel, opened: Open = OPEN, token: str | None = None) -> object:
-    call = VerifierStub(channel).Speculate(metadata=bearer(token))  # type: ignore[no-untyped-call]  # generated
+    call = speculate(channel, token)
     await call.write(wire.edge_to_wire(opened))
     return wire.cloud_from_wire(await call.read())
+
+
+def unwritten(start: Callable[[aio.Channel, str | None], Any]) -> Callable[..., Awaitable[object]]:
+    """Reads a stream that nothing was written to.
+
+    grpc.aio tells INTERNAL for the status of a call that is refused while a message is being written (measured on
+    busy cores: 3 in 800, and 0 in 400 unwritten ones). `edge_agent.channel` asks once more; its tests hold it to that.
+    """
+
+    async def read(channel: aio.Channel, token: str | None = None) -> object:
+        return await start(channel, token).read()
+
+    return read
 
 
 async def describe(channel: aio.Channel, token: str | None = None) -> wire.Description:
@@ -56,11 +77,9 @@ async def describe(channel: aio.Channel, token: str | None = None) -> wire.Descr
 
 
 async def services(channel: aio.Channel, token: str | None = None) -> int:
-    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(metadata=bearer(token))
+    call = reflect(channel, token)
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     answer = await call.read()
-    if answer is aio.EOF:
-        raise RuntimeError("no answer")
     await call.done_writing()
     return len(answer.list_services_response.service)
 
@@ -72,7 +91,9 @@ def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
 @pytest.mark.parametrize(
     ("token", "detail"), [(None, NO_TOKEN), ("wrong", WRONG_TOKEN), ("secret2", WRONG_TOKEN), ("", WRONG_TOKEN)]
 )
-@pytest.mark.parametrize("call", [first_answer, describe, services])
+@pytest.mark.parametrize(
+    "call", [unwritten(speculate), describe, unwritten(reflect)], ids=["speculate", "describe", "reflect"]
+)
 def test_calls_without_the_token_are_refused(call: Any, token: str | None, detail: str) -> None:
     async def test(address: str) -> None:
         async with aio.insecure_channel(address, options=CLIENT_OPTIONS) as channel:
