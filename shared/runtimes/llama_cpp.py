@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Literal
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from shared.core.errors import LocalProtocolError
 from shared.engine import EngineError
 from shared.runtimes.hub import cached_copy, check_is_gguf
 from shared.vocabulary import Vocabulary, token_bytes
+
+log = structlog.get_logger(__name__)
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h; the table in the Python package is older and says 3
 _GUESSED = 1024  # LLAMA_FTYPE_GUESSED: the file does not say, its tensors do
@@ -137,6 +140,8 @@ class LlamaModel:
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = _AMX not in self._lib.llama_print_system_info()
+        if not (params.use_extra_bufts or vocabulary_only):
+            log.info("llama.cpp was built for AMX, so its fast kernels are not used; README has a build without it")
         _error_lines.clear()
         self.handle = self._lib.llama_model_load_from_file(bytes(path), params)
         if not self.handle:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from structlog.testing import capture_logs
 
 from shared.runtimes.llama_cpp import LlamaModel
 
@@ -26,5 +27,8 @@ def test_no_weights_are_repacked_for_amx(
 
     monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", watched)
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: built_for)
-    LlamaModel(default_model_path, vocabulary_only=True).close()
-    assert asked == [is_repacked]
+    with capture_logs() as logs:
+        LlamaModel(default_model_path).close()
+        LlamaModel(default_model_path, vocabulary_only=True).close()
+    assert asked == [is_repacked] * 2
+    assert ["built for AMX" in entry["event"] for entry in logs] == [True] * (not is_repacked)
