@@ -80,6 +80,8 @@ async def services(channel: aio.Channel, token: str | None = None) -> int:
     call = reflect(channel, token)
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     answer = await call.read()
+    if answer is aio.EOF:
+        raise RuntimeError("no answer")
     await call.done_writing()
     return len(answer.list_services_response.service)
 
